@@ -1,0 +1,376 @@
+"""Contrastive pretraining of Sentinel-1 and Sentinel-2 encoders on unlabelled pairs.
+
+    python pretrain.py --epochs 200                                   # D-SimCLR on datasets/sen12ms, published settings
+    python pretrain.py --method mma --data STORE --out runs/mma
+    torchrun --nproc-per-node 8 pretrain.py --data STORE              # --batch-size stays the global one
+
+In --out: last.pt (encoders, heads, optimiser, everything to go on or to evaluate), previous.pt, log.jsonl, curve.png.
+The same command started again goes on at the step where it was. Every --eval-every epochs the encoders look up held-out
+places: which of the candidates' Sentinel-2 patches belongs to this Sentinel-1 patch, and the other way round.
+"""
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+import data
+import models
+
+FREE = {"data", "out", "workers", "cache", "device", "log_every", "eval_every"}  # options that do not change the result
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--method", default="d-simclr", choices=[name for name, row in models.METHODS.items() if row["pretrained"]])
+    add("--data", default="datasets/sen12ms", help="store or tree (default %(default)s)")
+    add("--out", help="folder of the run (default runs/METHOD)")
+    # The published settings: the released code's, and for MMA its ResNet's, since its own were not released.
+    add("--arch", default="resnet18", choices=("resnet18", "resnet50"), help="of all but mma")
+    add("--epochs", type=int, default=200)
+    add("--batch-size", type=int, default=200, help="pairs per step, over all processes (default %(default)s)")
+    add("--crop", type=int, default=128, help="side of the random crops, px (default %(default)s)")
+    add("--lr", type=float, default=3e-5)
+    add("--weight-decay", type=float, default=1e-4)
+    add("--constant-epochs", type=int, default=10, help="before the cosine to zero (default %(default)s)")
+    add("--temperature", type=float, help="default 0.07, 0.1 for mma")
+    add("--scale", default="patch-max", choices=data.SCALES, help="network input (default %(default)s, as published)")
+    # What the published study does not have.
+    add("--seed", type=int, default=0)
+    add("--holdout", type=float, default=0.02, help="share of scenes kept out for retrieval (default %(default)s)")
+    add("--eval-every", type=int, default=10, help="epochs between retrievals (default %(default)s)")
+    add("--micro-batch", type=int, help="pairs per forward pass: less memory, the gradient of the whole batch")
+    add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="auto: bf16 where it is native")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--workers", type=int, help="processes that read (default: one per core)")
+    add("--cache", choices=("ram", "device"), help="hold the data in memory")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--log-every", type=int, default=10, help="steps between lines of log.jsonl (default %(default)s)")
+    args = parser.parse_args()
+    args.out = Path(args.out or f"runs/{args.method}")
+    args.temperature = args.temperature or (0.1 if args.method == "mma" else 0.07)
+    return args
+
+
+class TwoViews(data.RandomCrops):
+    """SimCLR: two augmentations of each crop, drawn per sample; the same for any number of workers and processes."""
+
+    scale = stats = None  # as data.to_input takes them
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        jitter = v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], 0.8)  # strengths of Chen et al. 2020
+        blur = v2.RandomApply([v2.GaussianBlur(self.size // 20 * 2 + 1, (0.1, 2.0))], 0.5)  # kernel a tenth of the side
+        self.augment = v2.Compose([v2.RandomResizedCrop(self.size, antialias=True), v2.RandomHorizontalFlip(), jitter,
+                                   v2.RandomGrayscale(0.2), blur])
+
+    def __getitem__(self, step):
+        s1, s2, _, rows = super().__getitem__(step)
+        images = data.to_input(s1, s2, "patch-max" if self.scale == "patch-max" else "fixed")[1]  # colours in 0..1
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(np.random.SeedSequence((self.seed, step, self.rank)).generate_state(1)[0].item())
+            views = [torch.stack([self.augment(image) for image in images]) for _ in range(2)]
+        if self.scale == "standard":
+            views = [data.standardise(view * 10_000, self.stats["s2"]) for view in views]
+        return *views, rows
+
+
+def split_scenes(patches, share):
+    """Rows to train on and rows held out, by whole scenes; patches of a `test` split are in neither."""
+    rows = np.flatnonzero(patches.splits != "test")
+    scenes = np.array(patches.scenes)[rows]
+    names = np.unique(scenes)
+    count = min(math.ceil(share * len(names)), len(names) - 1)
+    held = np.isin(scenes, np.random.default_rng(0).permutation(names)[:count])
+    return rows[~held], rows[held]
+
+
+def gather(x, world):
+    """(n, ...) of this process -> (world * n, ...) of all, in the order of the processes."""
+    if world == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def forward_backward(network, cast, loss_of, parts, rank, world):
+    """Gradients of one global batch, in the parameters of every process; -> its loss here and all embeddings.
+
+    parts: functions that give the two network inputs of a micro-batch each. The loss sees the embeddings of all
+    processes and micro-batches at once; its gradient at the embeddings is then sent back through the network, micro-batch
+    by micro-batch (Gao et al. 2021), which is exact as long as batch norm does not couple the samples.
+    """
+    with cast, torch.set_grad_enabled(len(parts) == 1):
+        outputs = [network(*part()) for part in parts]
+    local = [torch.cat(x) if len(parts) > 1 else x[0] for x in zip(*outputs)]
+    n = len(local[0])
+    leaves = [gather(x.detach(), world).requires_grad_() for x in local]
+    loss = loss_of(*leaves, first=rank * n, n=n if world > 1 else None)
+    loss.backward()
+    for leaf in leaves if world > 1 else ():
+        dist.all_reduce(leaf.grad)  # what the other processes' rows want of our embeddings
+    gradients = [leaf.grad[rank * n:(rank + 1) * n] for leaf in leaves]
+    if len(parts) == 1:
+        torch.autograd.backward(local, gradients)
+    else:
+        gradients = zip(*(g.split([len(output[0]) for output in outputs]) for g in gradients))
+        for k, (part, gradient) in enumerate(zip(parts, gradients)):
+            with network.no_sync() if world > 1 and k < len(parts) - 1 else contextlib.nullcontext():
+                with cast:
+                    outputs = network(*part())
+                torch.autograd.backward(outputs, gradient)
+    return loss.detach(), *(leaf.detach() for leaf in leaves)
+
+
+@torch.no_grad()
+def held_out_retrieval(model, patches, rows, args, stats, device, cast):
+    """Retrieval among the centre crops of held-out places, at most 1,000 of them -> dict for the log and checkpoint."""
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
+    top, left = ((side - args.crop) // 2 for side in patches.size)
+    a, b = [], []
+    model.eval()
+    for part in np.array_split(rows, math.ceil(len(rows) / 100)):
+        s1, s2, _ = (x.to(device) for x in patches.crops(part, [top] * len(part), [left] * len(part), args.crop))
+        if args.method == "simclr-rgb":  # one sensor: which of the candidates was this half's other half cut from?
+            views = data.to_input(s1, s2, args.scale, stats)[1].chunk(2, dim=3)
+        else:
+            views = data.to_input(s1, s2, args.scale, stats)
+        with cast:
+            for keep, embedding in zip((a, b), model(*views)):
+                keep.append(embedding)
+    model.train()
+    similarity = model.similarity(torch.cat(a), torch.cat(b))
+    there, back = ("left_to_right", "right_to_left") if args.method == "simclr-rgb" else ("s1_to_s2", "s2_to_s1")
+    return {"candidates": len(rows), there: models.retrieval(similarity), back: models.retrieval(similarity.T)}
+
+
+def learning_rate(step, steps, args):
+    """Constant for some epochs, then a cosine to zero over the steps that remain."""
+    total, constant = args.epochs * steps, args.constant_epochs * steps
+    return args.lr if step < constant else args.lr * (1 + math.cos(math.pi * (step - constant) / (total - constant))) / 2
+
+
+def resume(args, settings, model, optimizer):
+    """Load the newest whole checkpoint of --out into model and optimiser -> the step to go on with. Settings that would
+    change the result raise models.CheckpointError."""
+    for path in (args.out / "last.pt", args.out / "previous.pt"):
+        if not path.exists():
+            continue
+        try:
+            content = models.load_checkpoint(path)
+        except models.CheckpointError as error:
+            print(f"{error}; trying the one before it", file=sys.stderr)
+            continue
+        old = content["args"]
+        changed = [f"--{key.replace('_', '-')} {old.get(key)} there, {value} here"
+                   for key, value in settings.items() if old.get(key) != value]
+        if changed:
+            raise models.CheckpointError(f"{path}: made with other settings ({'; '.join(changed)}): use them, or another --out")
+        for name in model.encoders:
+            model.encoders[name].load_state_dict(content["encoders"][name])
+        for name in model.heads:
+            model.heads[name].load_state_dict(content["heads"][name])
+        optimizer.load_state_dict(content["optimizer"])
+        torch.set_rng_state(content["random"])
+        return content["step"], content["retrieval"]
+    if (args.out / "last.pt").exists():
+        raise models.CheckpointError(f"{args.out}: no checkpoint there can be read: remove last.pt to begin anew")
+    return 0, None
+
+
+def any_process(flag, group):
+    """True where any process says so; with one process, its own word."""
+    if group is None:
+        return flag
+    flag = torch.tensor(int(flag))
+    dist.all_reduce(flag, dist.ReduceOp.MAX, group)
+    return bool(flag)
+
+
+def refuse_not_finite(recent, patches, args):
+    """Stop at the first of the recent steps whose loss is NaN or infinite; the checkpoint on disk is older."""
+    finite = torch.stack([loss for *_, loss in recent]).isfinite().tolist()
+    if not all(finite):
+        step, rows, loss = recent[finite.index(False)]
+        ids = " ".join(patches.ids[row] for row in rows.tolist())
+        raise models.CheckpointError(f"loss {loss.item()} at step {step}; {args.out}/last.pt is from before it. Try a lower --lr "
+                              f"or --precision float32. The batch: {ids}")
+
+
+class Log:
+    """log.jsonl: one JSON line per logged step and per retrieval; lines from `step` on are of a run that was cut off."""
+
+    def __init__(self, path, step):
+        lines = path.read_text().splitlines() if path.exists() else []
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        self.path, self.entries = path, [json.loads(line) for line in lines]
+        path.write_text("".join(line + "\n" for line in lines))
+
+    def add(self, **entry):
+        self.entries.append(entry)
+        with open(self.path, "a") as handle:
+            print(json.dumps(entry), file=handle)
+
+
+def draw_curve(entries, out, title):
+    """Picture of loss, in-batch retrieval accuracy and held-out retrieval over epochs."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    steps = [entry for entry in entries if "loss" in entry]
+    left.plot([e["epoch"] for e in steps], [e["loss"] for e in steps], color="black", lw=1)
+    left.set(xlabel="epoch", ylabel="loss")
+    right.plot([e["epoch"] for e in steps], [e["accuracy"] for e in steps], color="grey", lw=0.8, label="in the batch, top-1")
+    held = [entry for entry in entries if "retrieval" in entry]
+    for way in [key for key in held[0]["retrieval"] if key != "candidates"] if held else ():
+        right.plot([e["epoch"] for e in held], [e["retrieval"][way]["top1"] for e in held], "o-", ms=3, lw=1,
+                   label=f"held out, {way.replace('_', ' ')}, top-1 of {held[-1]['retrieval']['candidates']}")
+    right.set(xlabel="epoch", ylabel="retrieval accuracy", ylim=(0, 1))
+    right.legend(fontsize=7, frameon=False)
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def main():
+    args = arguments()
+    rank, local_rank, world = (int(os.environ.get(key, default)) for key, default in
+                               (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")))  # torchrun's
+    device = torch.device(args.device, local_rank) if args.device == "cuda" else torch.device(args.device)
+    agreement = None
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        agreement = dist.new_group(backend="gloo")  # for what must not wait for the device
+        if args.batch_size % world:
+            raise data.DataError(f"--batch-size {args.batch_size} does not divide by {world} processes")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+
+    bands = ["B4", "B3", "B2"] if args.method == "simclr-rgb" else None
+    patches = data.open_data(args.data, bands, args.cache, args.workers, device)
+    rows, held = split_scenes(patches, args.holdout)
+    if len(rows) < args.batch_size:
+        raise data.DataError(f"--batch-size {args.batch_size}: {args.data} has {len(rows)} patches to train on (and {len(held)} "
+                        "held out): choose a smaller batch")
+    stats = patches.stats(set(patches.splits) - {"test"})
+    batches = TwoViews if args.method == "simclr-rgb" else data.RandomCrops
+    batches = batches(patches, rows, args.crop, args.batch_size, args.seed, drop_last=True, rank=rank, world=world)
+    if args.method == "simclr-rgb":
+        batches.scale, batches.stats = args.scale, stats
+
+    torch.manual_seed(args.seed)
+    model = models.Contrastive(args.method, patches.bands, args.arch).to(device, memory_format=torch.channels_last)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the statistics of the global batch
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings["patches"] = hashlib.sha256("\n".join(patches.ids).encode()).hexdigest()[:12]
+    args.out.mkdir(parents=True, exist_ok=True)
+    start, found = resume(args, settings, model, optimizer)
+    total = args.epochs * batches.steps
+    if start >= total:
+        print(f"{args.out}/last.pt: all {args.epochs} epochs are done")
+        return
+    network = torch.compile(model) if args.compile else model
+    network = nn.parallel.DistributedDataParallel(network, [device] if device.type == "cuda" else None) if world > 1 else network
+    cast = models.autocast(args.precision, device)
+    log = Log(args.out / "log.jsonl", start) if rank == 0 else None
+
+    def loss_of(a, b, **share):
+        return model.loss(a, b, args.temperature, **share)
+
+    def inputs(batch):
+        """Functions that give the two network inputs of each micro-batch."""
+        for part in zip(*(x.split(args.micro_batch or len(x)) for x in batch[:2])):
+            def ready(part=part):
+                a, b = part if args.method == "simclr-rgb" else data.to_input(*part, args.scale, stats)
+                return (x.contiguous(memory_format=torch.channels_last) for x in (a, b))
+            yield ready
+
+    def evaluate(step):
+        if rank or not len(held):
+            return found
+        result = held_out_retrieval(model, patches, held, args, stats, device, cast)
+        log.add(epoch=step // batches.steps, step=step, retrieval=result)
+        ways = [f"{way.replace('_', ' ')} {r['top1']:.1%} / {r['top5']:.1%} / {r['median']:g}"
+                for way, r in result.items() if way != "candidates"]
+        tqdm.write(f"epoch {step // batches.steps}: retrieval of {result['candidates']} held-out places, top-1 / top-5 / "
+                   f"median rank: {', '.join(ways)}")
+        return result
+
+    def save(step):
+        if rank == 0:
+            models.save_checkpoint(args.out / "last.pt", model, method=args.method, arch=args.arch, bands=patches.bands,
+                            scale=args.scale, stats=stats, simulated=patches.simulated, args=settings, retrieval=found,
+                            epoch=step // batches.steps, step=step, optimizer=optimizer.state_dict(),
+                            random=torch.get_rng_state(), data={"path": str(args.data), "pairs": len(rows)})
+
+    stopping = []  # signals end the run after the step in hand
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, frame: stopping.append(number))
+    if start == 0:
+        found = evaluate(0)
+    model.train()
+    recent, waited, clock = [], 0.0, time.perf_counter()  # recent: (ids, loss still on the device) of unchecked steps
+    bar = tqdm(total=total * args.batch_size, initial=start * args.batch_size, unit="pair", unit_scale=True,
+               desc=args.method, disable=rank > 0)
+    feed = data.loader(batches, range(start, total), args.workers, device)
+    for step in range(start + 1, total + 1):
+        before = time.perf_counter()
+        batch = next(feed)
+        waited += time.perf_counter() - before
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step - 1, batches.steps, args)
+        loss, a, b = forward_backward(network, cast, loss_of, list(inputs(batch)), rank, world)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        recent.append((step, batch[-1], loss))
+
+        ends_epoch = step % batches.steps == 0
+        stop = any_process(bool(stopping), agreement)
+        if step % args.log_every == 0 or ends_epoch or stop:  # the only places where the host waits for the device
+            refuse_not_finite(recent, patches, args)
+            seconds, pairs = time.perf_counter() - clock, len(recent) * args.batch_size
+            line = {"loss": loss.item(), "accuracy": models.retrieval(model.similarity(a, b))["top1"]}
+            speed = {"pairs_per_s": pairs / seconds, "waited_s": waited}
+            if log:
+                log.add(epoch=step / batches.steps, step=step, **line, lr=group["lr"], **speed)
+                bar.set_postfix(loss=f"{line['loss']:.3f}", top1=f"{line['accuracy']:.1%}", refresh=False)
+            bar.update(pairs)
+            recent, waited = [], 0.0
+        if ends_epoch and (step // batches.steps % args.eval_every == 0 or step == total):
+            found = evaluate(step)
+        if ends_epoch or stop:
+            save(step)
+        if stop:
+            bar.close()
+            print(f"stopped at step {step} of {total}; the same command goes on from there", file=sys.stderr)
+            sys.exit(128 + (stopping or [signal.SIGTERM])[0])
+        if not recent:
+            clock = time.perf_counter()
+    bar.close()
+    if log:
+        draw_curve(log.entries, args.out / "curve.png", f"{'SIMULATED data, ' if patches.simulated else ''}{args.method}")
+        print(f"wrote {args.out}/last.pt, log.jsonl, curve.png")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    data.run(main, models.CheckpointError)
