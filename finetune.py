@@ -1,0 +1,135 @@
+"""Train and test the seven rows of the tables on DFC2020: four from scratch, three from pretrained encoders.
+
+    python finetune.py --method late-fusion --data DFC --task single multi --seeds 5
+    python finetune.py --method d-simclr --checkpoint runs/d-simclr/last.pt --data DFC --task multi --label-fraction 0.1
+
+Every layer is trained, on random crops of the split `validation`, its patches repeated to balance the classes; the last
+epoch is tested on crops that cover each patch of the split `test`. One JSON line per finished run in
+--results/results.jsonl; a run that is there is not repeated. `python linear_eval.py --report results/` makes the tables.
+"""
+import argparse
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import data
+import linear_eval
+import models
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--method", default="d-simclr", choices=linear_eval.TITLES)
+    add("--checkpoint", help="pretrained encoders of --method (default: from scratch)")
+    linear_eval.add_evaluation_options(add)
+    # The released code's settings.
+    add("--arch", default="resnet18", choices=("resnet18", "resnet50"), help="from scratch; of all but mma")
+    add("--epochs", type=int, default=200)
+    add("--batch-size", type=int, default=100)
+    add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
+    add("--classifier-lr", type=float, default=3e-6)
+    add("--weight-decay", type=float, default=1e-3)
+    add("--drop-epoch", type=int, default=100, help="both rates times 0.1 from this epoch on (default %(default)s)")
+    add("--cache", choices=("ram", "device"), help="hold the data in memory")
+    args = parser.parse_args()
+    linear_eval.check_fractions(args)
+    return args
+
+
+def task_loss(task, logits, classes):
+    """Cross-entropy or, for several labels, binary cross-entropy, mean over the crops that have a label."""
+    if task == "single":
+        label = data.single_label(classes)
+        return F.cross_entropy(logits, label, ignore_index=data.IGNORE, reduction="sum") / (label != data.IGNORE).sum().clamp(1)
+    label = data.multi_label(classes)
+    has = label.any(1)
+    loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none").mean(1)
+    return (loss * has).sum() / has.sum().clamp(1)
+
+
+def train(model, patches, rows, scaling, task, seed, args, name):
+    """Fit a classifier to random crops of the patches `rows`, repeats included."""
+    device, cast = torch.device(args.device), models.autocast(args.precision, torch.device(args.device))
+    batches = data.RandomCrops(patches, rows, args.crop, args.batch_size, seed)
+    optimizer = torch.optim.Adam([{"params": model.encoders.parameters(), "lr": args.lr},
+                                  {"params": model.fc.parameters(), "lr": args.classifier_lr}],
+                                 weight_decay=args.weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.drop_epoch * batches.steps], 0.1)
+    model.train()
+    feed = data.loader(batches, range(args.epochs * batches.steps), args.workers, device)
+    for s1, s2, classes, _ in tqdm(feed, total=args.epochs * batches.steps, desc=name, unit="step", leave=False, delay=1):
+        with cast:
+            logits = model(*data.to_input(s1, s2, **scaling))
+        loss = task_loss(task, logits.float(), classes)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    if not loss.isfinite():
+        raise data.DataError(f"{name}: the loss is {loss.item()} at the end: try a lower --lr or --precision float32")
+
+
+@torch.no_grad()
+def test(model, patches, rows, scaling, task, args):
+    """Crops that cover the patches `rows` -> (labels, logits) of those that have a label, as arrays."""
+    device, grid = torch.device(args.device), data.GridCrops(patches, rows, args.crop, args.batch_size)
+    cast, labels, logits = models.autocast(args.precision, device), [], []
+    model.eval()
+    for s1, s2, classes, _ in tqdm(data.loader(grid, range(len(grid)), args.workers, device), total=len(grid),
+                                   desc="testing", unit="batch", leave=False, delay=1):
+        with cast:
+            logits.append(model(*data.to_input(s1, s2, **scaling)).float())
+        labels.append(data.single_label(classes) if task == "single" else data.multi_label(classes))
+    labels, logits = torch.cat(labels).cpu().numpy(), torch.cat(logits).cpu().numpy()
+    has = labels != data.IGNORE if task == "single" else labels.any(1)
+    return labels[has], logits[has]
+
+
+def make_classifier(method, patches, content, args, seed):
+    """-> Classifier of a method, its encoders from a checkpoint's content where there is one, else drawn by the seed."""
+    torch.manual_seed(seed)
+    encoders = models.load_encoders(content)[0] if content else models.make_encoders(method, patches.bands, args.arch)
+    return models.Classifier(encoders).to(args.device, memory_format=torch.channels_last)
+
+
+def main():
+    args = arguments()
+    content = models.load_checkpoint(args.checkpoint) if args.checkpoint else {}
+    if content and content["method"] != args.method:
+        raise models.CheckpointError(f"{args.checkpoint}: holds {content['method']}, not --method {args.method}")
+    if content and args.scale not in (None, content["scale"]):
+        raise models.CheckpointError(f"{args.checkpoint}: was trained with --scale {content['scale']}, not {args.scale}")
+    bands = content["bands"]["s1"] + content["bands"]["s2"] if content else models.METHODS[args.method].get("bands")
+    patches, train_rows, test_rows = linear_eval.open_labelled(args, bands)
+    args.crop = args.crop or content.get("args", {}).get("crop", 128)
+    scaling = {key: content[key] for key in ("scale", "stats")} if content else \
+        {"scale": args.scale or "patch-max", "stats": patches.stats({"validation"})}
+    settings = {key: getattr(args, key) for key in ("crop", "label_sampling", "precision", "epochs", "batch_size", "lr",
+                                                    "classifier_lr", "weight_decay", "drop_epoch")}
+    settings |= {"scale": scaling["scale"], "arch": content.get("arch", args.arch)}
+    results = linear_eval.Results(args.results)
+    for task in args.task:
+        for fraction in args.label_fraction:
+            for seed in range(args.seeds):
+                run = {"method": args.method, "protocol": "finetune" if content else "scratch", "task": task,
+                       "label_fraction": fraction, "seed": seed, "data": linear_eval.data_hash(patches), "args": settings,
+                       "checkpoint": linear_eval.file_hash(args.checkpoint) if content else None}
+                if results.has(run):
+                    continue
+                chosen = linear_eval.training_rows(patches.labels[train_rows], fraction, seed, args.label_sampling)
+                model, start = make_classifier(args.method, patches, content, args, seed), time.perf_counter()
+                name = f"{args.method} {task} {fraction:.0%} seed {seed}"
+                train(model, patches, train_rows[chosen], scaling, task, seed, args, name)
+                labels, logits = test(model, patches, test_rows, scaling, task, args)
+                scores, _ = linear_eval.score(task, labels, logits)
+                counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen), "test_crops": len(labels)}
+                results.add(run, scores, counts=counts, seconds=round(time.perf_counter() - start, 1),
+                            simulated=patches.simulated or content.get("simulated", False))
+
+
+if __name__ == "__main__":
+    data.run(main, models.CheckpointError)
