@@ -27,17 +27,14 @@ def arguments():
     add("--checkpoint", help="pretrained encoders of --method (default: from scratch)")
     linear_eval.add_evaluation_options(add)
     # The released code's settings.
-    add("--arch", default="resnet18", choices=("resnet18", "resnet50"), help="from scratch; of all but mma")
+    add("--arch", choices=("resnet18", "resnet50"), help="from scratch, of all but mma (default resnet18)")
     add("--epochs", type=int, default=200)
     add("--batch-size", type=int, default=100)
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
     add("--classifier-lr", type=float, default=3e-6)
     add("--weight-decay", type=float, default=1e-3)
     add("--drop-epoch", type=int, default=100, help="both rates times 0.1 from this epoch on (default %(default)s)")
-    add("--cache", choices=("ram", "device"), help="hold the data in memory")
-    args = parser.parse_args()
-    linear_eval.check_fractions(args)
-    return args
+    return parser.parse_args()
 
 
 def task_loss(task, logits, classes):
@@ -99,25 +96,22 @@ def make_classifier(method, patches, content, args, seed):
 def main():
     args = arguments()
     content = models.load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    if content and content["method"] != args.method:
-        raise models.CheckpointError(f"{args.checkpoint}: holds {content['method']}, not --method {args.method}")
-    if content and args.scale not in (None, content["scale"]):
-        raise models.CheckpointError(f"{args.checkpoint}: was trained with --scale {content['scale']}, not {args.scale}")
-    bands = content["bands"]["s1"] + content["bands"]["s2"] if content else models.METHODS[args.method].get("bands")
-    patches, train_rows, test_rows = linear_eval.open_labelled(args, bands)
-    args.crop = args.crop or content.get("args", {}).get("crop", 128)
-    scaling = {key: content[key] for key in ("scale", "stats")} if content else \
-        {"scale": args.scale or "patch-max", "stats": patches.stats({"validation"})}
+    for key, value in (("method", args.method), ("arch", args.arch)):
+        if content and value not in (None, content[key]):
+            raise models.CheckpointError(f"{args.checkpoint}: holds {key} {content[key]}, not --{key} {value}")
+    args.arch = content.get("arch") or args.arch or "resnet18"
+    patches, train_rows, test_rows, scaling = linear_eval.open_labelled(args, content)
     settings = {key: getattr(args, key) for key in ("crop", "label_sampling", "precision", "epochs", "batch_size", "lr",
                                                     "classifier_lr", "weight_decay", "drop_epoch")}
-    settings |= {"scale": scaling["scale"], "arch": content.get("arch", args.arch)}
-    results = linear_eval.Results(args.results)
+    settings |= {"scale": scaling["scale"], "arch": args.arch, "bands": patches.bands}
+    results, source = linear_eval.Results(args.results), linear_eval.data_hash(patches)
+    identity = linear_eval.file_hash(args.checkpoint) if content else None
     for task in args.task:
         for fraction in args.label_fraction:
             for seed in range(args.seeds):
                 run = {"method": args.method, "protocol": "finetune" if content else "scratch", "task": task,
-                       "label_fraction": fraction, "seed": seed, "data": linear_eval.data_hash(patches), "args": settings,
-                       "checkpoint": linear_eval.file_hash(args.checkpoint) if content else None}
+                       "label_fraction": fraction, "seed": seed, "data": source, "args": settings,
+                       "checkpoint": identity}
                 if results.has(run):
                     continue
                 chosen = linear_eval.training_rows(patches.labels[train_rows], fraction, seed, args.label_sampling)
@@ -125,7 +119,7 @@ def main():
                 name = f"{args.method} {task} {fraction:.0%} seed {seed}"
                 train(model, patches, train_rows[chosen], scaling, task, seed, args, name)
                 labels, logits = test(model, patches, test_rows, scaling, task, args)
-                scores, _ = linear_eval.score(task, labels, logits)
+                scores = linear_eval.score(task, labels, logits)
                 counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen), "test_crops": len(labels)}
                 results.add(run, scores, counts=counts, seconds=round(time.perf_counter() - start, 1),
                             simulated=patches.simulated or content.get("simulated", False))

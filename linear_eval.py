@@ -63,9 +63,13 @@ def average(values):
 
 
 def score(task, true, logits):
-    """Labels and (N, 8) logits -> (scores, predictions). Multi-label: probability above 0.5."""
-    predicted = logits.argmax(1) if task == "single" else (logits > 0).astype(np.float32)
-    return (single_scores if task == "single" else multi_scores)(true, predicted), predicted
+    """Labels and (N, 8) logits as arrays -> scores; for single labels also "confusion", (8, 8) counts, rows the true
+    class. Multi-label: probability above 0.5."""
+    if task == "multi":
+        return multi_scores(true, logits > 0)
+    predicted = logits.argmax(1)
+    confusion = np.bincount(true * len(CLASSES) + predicted, minlength=len(CLASSES) ** 2).reshape(len(CLASSES), -1)
+    return {**single_scores(true, predicted), "confusion": confusion}
 
 
 # ---------------------------------------------------------------------------------------------- labels to learn from
@@ -94,19 +98,6 @@ def training_rows(labels, fraction, seed, sampling="patches"):
     return np.repeat(chosen, repeats(labels[chosen]))
 
 
-def open_labelled(args, bands=None):
-    """-> Patches, training rows, test rows of --data; DataError where there is nothing to learn from or to test on."""
-    patches = data.open_data(args.data, bands, getattr(args, "cache", None), args.workers, args.device)
-    train, test = (np.flatnonzero(patches.splits == split) for split in ("validation", "test"))
-    if patches.labels is None or not (patches.labels[train] != IGNORE).any() or not len(test):
-        raise data.DataError(f"{args.data}: needs labelled patches of the splits `validation` (trained on) and `test`; it "
-                             f"has {len(train)} and {len(test)}{' without labels' if patches.labels is None else ''}")
-    absent = [name for c, name in enumerate(CLASSES) if not (patches.labels[train] == c).any()]
-    if absent:
-        print(f"no training patch of {', '.join(absent)}")
-    return patches, train, test
-
-
 # ---------------------------------------------------------------------------------------------- results
 
 class Results:
@@ -121,17 +112,21 @@ class Results:
         return [json.loads(line) for line in lines if line.endswith("}")]  # a line that a kill cut off is no result
 
     def has(self, run):
-        return any(all(line[key] == value for key, value in run.items()) for line in self.read())
+        return any(all(line.get(key) == value for key, value in run.items()) for line in self.read())
 
     def add(self, run, scores, **more):
         """run: what identifies it. A class that does not occur is null in the file."""
         numbers = {"class": [None if np.isnan(v) else round(float(v), 6) for v in scores["class"]],
                    "average": round(scores["average"], 6), "overall": round(scores["overall"], 6)}
+        if "confusion" in scores:
+            numbers["confusion"] = scores["confusion"].tolist()
         with open(self.path, "a+") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
+            if self.has(run):  # another process was faster
+                return
             handle.seek(0)
-            text = handle.read()
-            handle.write("\n" * (text != "" and text[-1] != "\n") + json.dumps({**run, **numbers, **more}) + "\n")
+            cut = not (handle.read() or "\n").endswith("\n")  # the line before was cut off by a kill
+            handle.write("\n" * cut + json.dumps({**run, **numbers, **more}) + "\n")
         name = f"{TITLES.get(run['method'], run['method'])}, {run['protocol']}, {run['task']}-label, " \
                f"{run['label_fraction']:.0%} of labels, seed {run['seed']}"
         tqdm.write(f"{name}: average {scores['average']:.1%}, overall {scores['overall']:.1%}")
@@ -193,49 +188,40 @@ def features_of(encoders, scaling, patches, rows, args, identity):
 # ---------------------------------------------------------------------------------------------- linear classifier
 
 def fit(x, y, weight, penalty, start=None, tolerance=1e-6, iterations=500):
-    """Logistic regression by L-BFGS -> (weights (D, C), bias (C,)), both for C classes or labels.
+    """Logistic regression by L-BFGS -> function from (n, D) features to (n, 8) logits.
 
-    x: (n, D). y: (n,) int64 for multinomial, (n, C) float for one-vs-rest. weight: (n,). Minimises the weighted mean of
-    the cross-entropy (summed over labels) + penalty / 2 * |weights|^2; scikit-learn's C is 1 / (penalty * weight.sum()).
+    x: (n, D). y: (n,) int64 for multinomial, (n, 8) 0/1 for one-vs-rest. weight: (n,). Minimises the weighted mean of the
+    cross-entropy (summed over labels) + penalty / 2 * |weights|^2; scikit-learn's C is 1 / (penalty * weight.sum()).
+    A class that no sample has gets logit -inf, a label that all have +inf. start: the function of another penalty.
     """
-    classes = int(y.max()) + 1 if y.dim() == 1 else y.shape[1]
-    w, b = start or (x.new_zeros(x.shape[1], classes), x.new_zeros(classes))
+    if y.dim() == 1:
+        present, target = y.unique(return_inverse=True)
+        full = x.new_full((len(CLASSES),), -math.inf)
+        cross_entropy = F.cross_entropy
+    else:
+        share = y.mean(0)
+        present = ((share > 0) & (share < 1)).nonzero()[:, 0]
+        full, target = torch.where(share == 1, math.inf, -math.inf).to(x), y[:, present].to(x)
+        cross_entropy = F.binary_cross_entropy_with_logits
+    w, b = start.parameters if start else (x.new_zeros(x.shape[1], len(present)), x.new_zeros(len(present)))
     w, b, weight = w.clone().requires_grad_(), b.clone().requires_grad_(), weight / weight.sum()
     optimizer = torch.optim.LBFGS([w, b], max_iter=iterations, tolerance_grad=tolerance, tolerance_change=1e-12,
                                   history_size=20, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        logits = x @ w + b
-        loss = F.cross_entropy(logits, y, reduction="none") if y.dim() == 1 else \
-            F.binary_cross_entropy_with_logits(logits, y, reduction="none").sum(1)
-        loss = loss @ weight + penalty / 2 * w.square().sum()
+        loss = cross_entropy(x @ w + b, target, reduction="none").reshape(len(x), -1).sum(1) @ weight
+        loss = loss + penalty / 2 * w.square().sum()
         loss.backward()
         return loss
 
-    optimizer.step(closure)
-    return w.detach(), b.detach()
-
-
-def fit_present(x, y, weight, penalty, start=None, **how):
-    """fit() on the classes that the training data tell apart -> function from (n, D) to (n, 8) logits. A class never
-    seen is never predicted, a label always there always. start: the function of another penalty."""
-    if y.dim() == 1:
-        present, y = y.unique(return_inverse=True)
-        constant = x.new_full((len(CLASSES),), -math.inf)
-    else:
-        share = y.mean(0)
-        present = ((share > 0) & (share < 1)).nonzero()[:, 0]
-        constant = torch.where(share == 1, math.inf, -math.inf).to(x)
-        y = y[:, present].to(x)
-    w, b = fit(x, y, weight, penalty, start and start.parameters, **how) if len(present) else (x.new_zeros(x.shape[1], 0), 0)
-
     def logits(x):
-        full = constant.expand(len(x), -1).clone()
-        full[:, present] = x @ w + b
-        return full
+        out = full.repeat(len(x), 1)
+        out[:, present] = x @ w.detach() + b.detach()
+        return out
 
-    logits.parameters = w, b
+    optimizer.step(closure)
+    logits.parameters = w.detach(), b.detach()
     return logits
 
 
@@ -255,9 +241,9 @@ def choose_penalty(x, y, weight, rows, labels, task, seed):
     for k in np.unique(fold) if fold.max() else ():
         inside, outside, model = torch.from_numpy(fold != k), torch.from_numpy(fold == k), None
         for penalty in PENALTIES:  # from strong to weak, each starting where the one before ended
-            model = fit_present(x[inside], y[inside], weight[inside], penalty, model, tolerance=1e-4, iterations=50)
+            model = fit(x[inside], y[inside], weight[inside], penalty, model, tolerance=1e-4, iterations=50)
             held_out[penalty][fold == k] = model(x[outside]).cpu().numpy()
-    scores = [score(task, y.cpu().numpy(), held_out[penalty])[0]["average"] for penalty in PENALTIES]
+    scores = [score(task, y.cpu().numpy(), held_out[penalty])["average"] for penalty in PENALTIES]
     return PENALTIES[int(np.argmax(scores))] if fold.max() else 1.0
 
 
@@ -271,7 +257,7 @@ def knn(x, y, queries, k=20, temperature=0.07):
 
 def probe(train, test, names, task, chosen, labels, seed, args):
     """Fit on the training crops of the rows `chosen` (repeats counted as weights), predict the test crops.
-    names: the encoders whose features are used -> (scores, predictions, what else to report)."""
+    names: the encoders whose features are used -> (scores, what else to report)."""
     device, times = torch.device(args.device), np.bincount(chosen, minlength=len(labels))
     usable = train["single"] != IGNORE if task == "single" else train["multi"].any(1)
     use = np.flatnonzero((times[train["row"]] > 0) & usable)
@@ -286,46 +272,47 @@ def probe(train, test, names, task, chosen, labels, seed, args):
         mean, sd = x.mean(0), x.std(0, correction=0)
         x, queries = ((v - mean) / torch.where(sd > 1e-6 * mean.abs() + 1e-12, sd, math.inf) for v in (x, queries))
         counts["penalty"] = float(choose_penalty(x, y, weight, train["row"][use], labels, task, seed))
-        logits = fit_present(x.double(), y, weight.double(), counts["penalty"])(queries.double())
-    return *score(task, test[task][tested], logits.cpu().numpy()), test[task][tested], counts
+        logits = fit(x.double(), y, weight.double(), counts["penalty"])(queries.double())
+    return score(task, test[task][tested], logits.cpu().numpy()), counts
 
 
 # ---------------------------------------------------------------------------------------------- report
 
 def row_title(line):
     """Name of the table row that a result line belongs to."""
-    title = TITLES[line["method"]]
+    title, pretrained = TITLES[line["method"]], models.METHODS[line["method"]]["pretrained"]
     if line["protocol"] == "linear":
-        return {"random": f"{title}, random weights", "bands": "Band means and sd"}.get(line["baseline"], title)
-    return f"{title}, from scratch" if line["protocol"] == "scratch" and models.METHODS[line["method"]]["pretrained"] else title
+        title = {"random": f"{title}, random weights", "bands": "Band means and sd"}.get(line["baseline"], title)
+        return f"{title}, kNN" if line["probe"] == "knn" else title
+    return f"{title}, from scratch" if line["protocol"] == "scratch" and pretrained else title
 
 
 def table_rows(lines):
     """Result lines -> {row title: lines}, in the poster's order. Runs of one row with different settings become rows of
     their own, named by what differs, so that nothing is averaged that does not belong together."""
-    order = {title: k for k, title in enumerate(TITLES.values())}
-    rows, settings = {}, {}
+    order, rows, named = list(TITLES.values()), {}, {}
     for line in lines:
-        own = {**line["args"], "checkpoint": line["checkpoint"], "data": line["data"]}
-        rows.setdefault(row_title(line), {}).setdefault(json.dumps(own, sort_keys=True), []).append(line)
-        settings[json.dumps(own, sort_keys=True)] = own
-    named = {}
-    for title in sorted(rows, key=lambda t: (order.get(t.split(",")[0], len(order)), t)):
-        differ = sorted({key for a in rows[title] for b in rows[title] for key in settings[a]
-                         if settings[a][key] != settings[b].get(key)})
-        for key, found in sorted(rows[title].items()):
-            values = ", ".join(f"{name} {settings[key][name]}" for name in differ)
-            named[f"{title} ({values})" if differ else title] = found
+        settings = json.dumps({**line["args"], "checkpoint": line["checkpoint"], "data": line["data"]}, sort_keys=True)
+        rows.setdefault(row_title(line), {}).setdefault(settings, []).append(line)
+    for title in sorted(rows, key=lambda t: (order.index(t.split(",")[0]) if t.split(",")[0] in order else len(order), t)):
+        all_settings = [json.loads(text) for text in rows[title]]
+        differ = [key for key in all_settings[0] if any(s.get(key) != all_settings[0][key] for s in all_settings)]
+        for settings, found in zip(all_settings, rows[title].values()):
+            values = ", ".join(f"{key} {settings[key]}" for key in differ)
+            named[f"{title} [{values}]" if differ else title] = found
     return named
 
 
 def cell(values):
     """Percent, mean ± standard deviation over seeds, rounded as on the poster."""
-    values = np.array([np.nan if v is None else v for v in values], float) * 100
-    if np.isnan(values).all():
+    values = 100 * np.array([v for v in values if v is not None])
+    if not len(values):
         return "-"
-    mean = f"{np.nanmean(values):.0f}"
-    return f"{mean} ± {np.nanstd(values, ddof=1):.0f}" if np.isfinite(values).sum() > 1 else mean
+    return f"{values.mean():.0f} ± {values.std(ddof=1):.0f}" if len(values) > 1 else f"{values.mean():.0f}"
+
+
+def column(lines, key):
+    return [line["class"][key] if isinstance(key, int) else line[key] for line in lines]
 
 
 def markdown(header, rows):
@@ -334,54 +321,96 @@ def markdown(header, rows):
 
 def main_table(lines, task, simulated):
     """One of the poster's two tables as Markdown."""
-    lines = [line for line in lines if line["task"] == task and line["protocol"] != "linear" and line["label_fraction"] == 1]
-    named = table_rows(lines)
-    best = max((np.mean([line["average"] for line in found]) for found in named.values()), default=None)
-    rows = []
+    named = table_rows([line for line in lines if line["task"] == task and line["protocol"] != "linear"
+                        and line["label_fraction"] == 1])
+    best, rows = max((np.mean(column(found, "average")) for found in named.values()), default=None), []
     for title, found in named.items():
-        averages, poster = [line["average"] for line in found], POSTER[found[0]["method"]]
-        row = [title, *(cell([line["class"][c] for line in found]) for c in range(len(CLASSES)))]
-        row.append(f"**{cell(averages)}**" if np.mean(averages) == best else cell(averages))
-        if not simulated:
-            row += [poster[2 * (task == "multi")], f"{100 * np.mean(averages) - poster[2 * (task == 'multi')]:+.0f}"]
-        row += [cell([line["overall"] for line in found])] + [poster[2 * (task == "multi") + 1]] * (not simulated)
-        rows.append([*row, len(found)])
-    overall = "OA" if task == "single" else "O-F1"
-    header = ["", *CLASSES, "Average", *(["poster", "difference"] * (not simulated)), overall,
-              *([f"poster {overall}"] * (not simulated)), "seeds"]
-    title = "Single-label classification, accuracy" if task == "single" else "Multi-label classification, F1"
-    missing = [name for name in TITLES.values() if not any(title.split(" (")[0].split(",")[0] == name.split(" (")[0]
-                                                          for title in named)]
-    return f"## {title}, %\n\n" + markdown(header, rows) + (f"\nMissing: {', '.join(missing)}.\n" if missing else "")
+        average = 100 * np.mean(column(found, "average"))
+        poster = POSTER[found[0]["method"]][:2] if task == "single" else POSTER[found[0]["method"]][2:]
+        row = [title, *(cell(column(found, c)) for c in range(len(CLASSES)))]
+        row.append(f"**{cell(column(found, 'average'))}**" if average == 100 * best else cell(column(found, "average")))
+        row += [] if simulated else [poster[0], f"{average - poster[0]:+.0f}"]
+        rows.append([*row, cell(column(found, "overall")), *([] if simulated else [poster[1]]), len(found)])
+    title, overall = ("Single-label classification, accuracy", "OA") if task == "single" else \
+        ("Multi-label classification, F1", "O-F1")
+    header = ["", *CLASSES, "Average", *([] if simulated else ["poster", "difference"]), overall,
+              *([] if simulated else [f"poster {overall}"]), "seeds"]
+    there = {found[0]["method"] for found in named.values()}
+    missing = ", ".join(TITLES[method] for method in TITLES if method not in there)
+    return f"## {title}, %\n\n{markdown(header, rows)}" + (f"\nMissing: {missing}.\n" if missing else "")
 
 
 def probe_table(lines):
-    """All linear probes: method by sensors, both tasks."""
-    header = ["features", "sensors", "labels", "single average", "OA", "multi average", "O-F1", "seeds"]
+    """Frozen encoders: rows by features, sensors used and share of labels; both tasks."""
     rows = []
-    for title, found in table_rows([line for line in lines if line["protocol"] == "linear"]).items():
-        for probe, sensors, fraction in sorted({(line["probe"], line["sensors"], line["label_fraction"]) for line in found}):
-            row, seeds = [title + ", kNN" * (probe == "knn"), sensors, f"{fraction:.0%}"], set()
-            for task in ("single", "multi"):
-                own = [line for line in found if (line["task"], line["probe"], line["sensors"], line["label_fraction"])
-                       == (task, probe, sensors, fraction)]
-                row += [cell([line[key] for line in own]) if own else "-" for key in ("average", "overall")]
-                seeds |= {line["seed"] for line in own}
-            rows.append([*row, len(seeds)])
-    return "## Frozen encoders, linear classifier, %\n\n" + (markdown(header, rows) if rows else "Missing: all linear probes.\n")
+    for title, found in table_rows(lines).items():
+        for sensors, fraction in sorted({(line["sensors"], line["label_fraction"]) for line in found}):
+            own = [line for line in found if (line["sensors"], line["label_fraction"]) == (sensors, fraction)]
+            tasks = [[line for line in own if line["task"] == task] for task in ("single", "multi")]
+            rows.append([title, sensors, f"{fraction:.0%}", *(cell(column(part, key)) for part in tasks for key in
+                                                            ("average", "overall")), max(map(len, tasks))])
+    header = ["features", "sensors", "labels", "single average", "OA", "multi average", "O-F1", "seeds"]
+    return markdown(header, rows) if rows else "Missing: no such results.\n"
+
+
+def t_quantile(df, probability=0.975):
+    """Quantile of Student's t distribution, by summing its density."""
+    x = np.linspace(0, 1000, 2_000_001)
+    density = np.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - (df + 1) / 2 * np.log1p(x * x / df))
+    return x[np.searchsorted(np.cumsum(density) * x[1] / math.sqrt(df * math.pi), probability - 0.5)]
+
+
+def compare(lines, one, other):
+    """Difference of two methods' averages with its 95 % interval over seeds (Welch), as Markdown."""
+    rows = []
+    for task in ("single", "multi"):
+        chosen = [line for line in lines if line["task"] == task and line["label_fraction"] == 1]
+        for protocol, part in (("fine-tuned", [line for line in chosen if line["protocol"] != "linear"]),
+                               ("linear", [line for line in chosen if line["protocol"] == "linear"])):
+            named = table_rows(part)
+            for a, b in ((a, b) for a in named for b in named if (named[a][0]["method"], named[b][0]["method"]) == (one, other)):
+                x, y = (100 * np.array(column(named[t], "average")) for t in (a, b))
+                text = "needs two seeds of each"
+                if min(len(x), len(y)) > 1:
+                    u, v = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
+                    df = (u + v) ** 2 / (u**2 / (len(x) - 1) + v**2 / (len(y) - 1)) if u + v else 1
+                    half = t_quantile(df) * math.sqrt(u + v)
+                    low, high = x.mean() - y.mean() - half, x.mean() - y.mean() + half
+                    text = f"{low:+.1f} to {high:+.1f}" + (", could be none" if low <= 0 <= high else "")
+                rows.append([a, b, task, protocol, f"{x.mean() - y.mean():+.1f}", text, f"{len(x)} and {len(y)}"])
+    if not rows:
+        raise data.DataError(f"--compare {one} {other}: no results of both in one table")
+    header = ["", "against", "task", "", "difference of averages, points", "95 % interval (Welch)", "seeds"]
+    return f"## Difference\n\n{markdown(header, rows)}"
+
+
+def as_csv(lines):
+    """Every number of the tables and the figure: one line per row, protocol, task, share of labels and metric."""
+    text = "row,method,protocol,sensors,task,label_fraction,metric,mean,sd,seeds\n"
+    groups = {(line["protocol"], line.get("sensors", ""), line["task"], line["label_fraction"]) for line in lines}
+    for group in sorted(groups):
+        part = [line for line in lines if (line["protocol"], line.get("sensors", ""), line["task"], line["label_fraction"]) == group]
+        for title, found in table_rows(part).items():
+            for key, name in ((*enumerate(CLASSES), ("average", "average"), ("overall", "overall"))):
+                values = np.array([v for v in column(found, key) if v is not None])
+                if len(values):
+                    sd = f"{values.std(ddof=1):.6f}" if len(values) > 1 else ""
+                    text += f'"{title}",{found[0]["method"]},{",".join(map(str, group))},{name},{values.mean():.6f},{sd},{len(values)}\n'
+    return text
+
+
+def new_figure(*args, **kwargs):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    return plt.subplots(*args, **kwargs)
 
 
 def draw_fractions(lines, out, simulated):
     """Average accuracy against the share of labels: our mean and standard deviation over seeds, the poster's points."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(5.6, 4))
+    figure, axis = new_figure(figsize=(5.6, 4))
     for method, points in POSTER_FRACTIONS.items() if not simulated else ():
         axis.plot((1, 10, 50, 100), points, MARKERS[method][0], color="0.6", ms=5, label=f"{TITLES[method]}, poster")
-    lines = [line for line in lines if line["task"] == "single" and line["method"] in MARKERS
-             and (line["protocol"] == "finetune") == models.METHODS[line["method"]]["pretrained"]]
     for title, found in table_rows(lines).items():
         marker, colour = MARKERS[found[0]["method"]]
         x = sorted({line["label_fraction"] for line in found})
@@ -391,26 +420,62 @@ def draw_fractions(lines, out, simulated):
     axis.set(xscale="log", xlabel="labelled training data, %", ylabel="average accuracy, %", xticks=(1, 10, 50, 100),
              xticklabels=("1", "10", "50", "100"), title="SIMULATED data" if simulated else "Single-label classification")
     axis.minorticks_off()
-    axis.legend(fontsize=7, frameon=False)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7, frameon=False)
     figure.tight_layout()
     figure.savefig(out, dpi=130)
 
 
-def report(folder):
-    """Print tables.md of a results folder and write it there with its figure; reads results.jsonl and nothing else."""
-    lines = Results(folder).read()
+def draw_confusion(title, lines, out, simulated):
+    """Row-normalised confusion matrix of single-label classification, the seeds pooled."""
+    count = np.sum([line["confusion"] for line in lines], 0)
+    share = count / np.maximum(count.sum(1, keepdims=True), 1)
+    figure, axis = new_figure(figsize=(5, 4.6))
+    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for row, column_ in np.ndindex(*share.shape):
+        if count[row].any():
+            axis.text(column_, row, f"{100 * share[row, column_]:.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if share[row, column_] > 0.5 else "black")
+    axis.set(xticks=range(8), yticks=range(8), yticklabels=CLASSES, xlabel="predicted", ylabel="true, % of row",
+             title=f"{'SIMULATED data, ' if simulated else ''}{title}, {len(lines)} seeds")
+    axis.set_xticklabels(CLASSES, rotation=45, ha="right")
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def report(args):
+    """Print tables of a results folder and write them there with its figures; reads results.jsonl and nothing else."""
+    folder = Path(args.report)
+    lines = Results(folder).read() if folder.is_dir() else []
     if not lines:
         raise data.DataError(f"{folder}/results.jsonl: no results there; linear_eval.py and finetune.py write them")
-    simulated = any(line["simulated"] for line in lines)
-    title = "# SIMULATED data: these numbers say nothing about the methods" if simulated else \
-        "# Results beside the poster (Scheibenreif, Mommert, Borth 2022)"
-    note = "Mean ± standard deviation over seeds; best average in bold; a class that does not occur in the test data is `-`.\n"
-    text = "\n".join((f"{title}\n", note, main_table(lines, "single", simulated), main_table(lines, "multi", simulated),
-                      probe_table(lines)))
+    simulated, written = any(line["simulated"] for line in lines), [f"tables.{args.format}", "label_fraction.png"]
+    linear = [line for line in lines if line["protocol"] == "linear"]
+    one_missing = {line["method"] for line in linear if line["sensors"] != "both"}
+    if args.format == "csv":
+        text = as_csv(lines)
+    else:
+        title = "# SIMULATED data: these numbers say nothing about the methods\n" if simulated else \
+            "# Results beside the poster (Scheibenreif, Mommert, Borth 2022)\n"
+        note = "Mean ± standard deviation over seeds; best average bold; `-`: the class does not occur in the test data.\n"
+        parts = [title, note, main_table(lines, "single", simulated), main_table(lines, "multi", simulated),
+                 "## Frozen encoders, linear classifier, %\n",
+                 probe_table([line for line in linear if line["sensors"] == "both"])]
+        if one_missing:
+            parts += ["## One satellite missing: frozen encoders of both or of one sensor, %\n",
+                      probe_table([line for line in linear if line["method"] in one_missing and not line["baseline"]])]
+        parts += [compare(lines, *args.compare)] if args.compare else []
+        text = "\n".join(parts)
     print(text)
-    Path(folder, "tables.md").write_text(text)
-    draw_fractions(lines, Path(folder, "label_fraction.png"), simulated)
-    print(f"wrote {folder}/tables.md and label_fraction.png")
+    (folder / written[0]).write_text(text)
+    tuned = [line for line in lines if line["task"] == "single" and
+             (line["protocol"] == "finetune") == models.METHODS[line["method"]]["pretrained"] and line["protocol"] != "linear"]
+    draw_fractions([line for line in tuned if line["method"] in MARKERS], folder / written[1], simulated)
+    for title, found in table_rows([line for line in tuned if line["label_fraction"] == 1]).items():
+        name = f"confusion_{title.lower().replace(' ', '_').translate(dict.fromkeys(map(ord, '()[],'))).replace('.', '')}.png"
+        draw_confusion(title, found, folder / name, simulated)
+        written.append(name)
+    print(f"wrote {', '.join(written)} in {folder}")
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -419,87 +484,102 @@ def add_evaluation_options(add):
     """What linear_eval.py and finetune.py ask for alike."""
     add("--data", default="datasets/dfc2020", help="store or tree with labels (default %(default)s)")
     add("--task", nargs="+", default=["single"], choices=("single", "multi"))
-    add("--label-fraction", type=float, nargs="+", default=[1.0], help="share of the labelled patches, e.g. 0.01 0.1 1")
+    add("--label-fraction", type=share, nargs="+", default=[1.0], help="share of the labelled patches, e.g. 0.01 0.1 1")
     add("--label-sampling", default="patches", choices=("patches", "rows"), help="rows: after the repeats, as published")
     add("--seeds", type=int, default=5, help="runs, with seeds 0, 1, ... (default %(default)s)")
     add("--crop", type=int, help="side of the crops, px (default: that of pretraining, else 128)")
     add("--scale", choices=data.SCALES, help="network input (default: that of pretraining, else patch-max)")
+    add("--bands", nargs="+", help="only these, by name, e.g. VV VH B2 B3 B4 (default: those of pretraining, else all)")
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="auto: bf16 where it is native")
+    add("--cache", choices=("ram", "device"), help="hold the data in memory")
     add("--workers", type=int, help="processes that read (default: one per core)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_fractions(args):
+def share(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def open_labelled(args, content):
+    """Open --data for a checkpoint's content, or {} -> (Patches, training rows, test rows, scaling for data.to_input);
+    settles --crop. Raises DataError or CheckpointError where they do not go together."""
+    method, asked = content.get("method", args.method), args.bands
+    bands = content["bands"]["s1"] + content["bands"]["s2"] if content else asked or models.METHODS[method].get("bands")
+    for option, value, trained in (("--scale", args.scale, content.get("scale")), ("--bands", asked, content and bands)):
+        if content and value not in (None, trained):
+            raise models.CheckpointError(f"{args.checkpoint}: was trained with {option} {trained}, not {value}")
+    patches = data.open_data(args.data, bands, args.cache, args.workers, args.device)
+    train, test = (np.flatnonzero(patches.splits == split) for split in ("validation", "test"))
+    if patches.labels is None or not (patches.labels[train] != IGNORE).any() or not len(test):
+        raise data.DataError(f"{args.data}: needs labelled patches of the splits `validation` (trained on) and `test`; it "
+                             f"has {len(train)} and {len(test)}{' without labels' if patches.labels is None else ''}")
+    counts = np.bincount(patches.labels[train], minlength=IGNORE + 1)[:len(CLASSES)]
+    if not counts.all():
+        print("no training patch of", ", ".join(name for name, count in zip(CLASSES, counts) if not count))
     for fraction in args.label_fraction:
-        if not 0 < fraction <= 1:
-            raise data.DataError(f"--label-fraction {fraction:g}: it is a share above 0, at most 1")
+        few = [name for name, count in zip(CLASSES, counts) if count and round(fraction * count) < 1]
+        if few and args.label_sampling == "patches":
+            print(f"{fraction:.1%} of {', '.join(few)} is less than one patch: one of each is used")
+    args.crop = args.crop or content.get("args", {}).get("crop", 128)
+    scaling = {"scale": content.get("scale") or args.scale or "patch-max",
+               "stats": content["stats"] if content else patches.stats({"validation"})}
+    return patches, train, test, scaling
 
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--report", metavar="DIR", help="print and write the tables of a results folder, and stop")
+    add("--format", default="md", choices=("md", "csv"), help="of --report")
+    add("--compare", nargs=2, choices=TITLES, metavar="METHOD", help="with --report: difference of two rows")
     add("--checkpoint", help="pretrained encoders: last.pt of a run, or the file released with the paper")
     add("--baseline", choices=("random", "bands"), help="instead: untrained encoders of --method, or per-band mean and sd")
     add("--method", default="d-simclr", choices=TITLES, help="of --baseline (default %(default)s)")
     add("--sensors", default="both", choices=("both", "s1", "s2"), help="use only this sensor's encoder")
-    add("--probe", default="linear", choices=("linear", "knn"))
-    add("--batch-size", type=int, default=100, help="crops per forward pass")
+    add("--probe", default="linear", choices=("linear", "knn"), help="knn: 20 nearest by cosine, nothing to fit")
+    add("--batch-size", type=int, default=100, help="crops per forward pass (default %(default)s)")
     add_evaluation_options(add)
     args = parser.parse_args()
     if not args.report and (args.checkpoint is None) == (args.baseline is None):
         parser.error("give either --checkpoint or --baseline (or --report DIR)")
-    check_fractions(args)
     return args
 
 
 def main():
     args = arguments()
     if args.report:
-        return report(args.report)
-    content = models.load_checkpoint(args.checkpoint) if args.checkpoint else {"method": args.method, "args": {}}
-    method, identity = content["method"], file_hash(args.checkpoint) if args.checkpoint else None
-    bands = content["bands"]["s1"] + content["bands"]["s2"] if args.checkpoint else models.METHODS[method].get("bands")
-    patches, train_rows, test_rows = open_labelled(args, bands)
-    args.crop = args.crop or content["args"].get("crop", 128)
-    if args.checkpoint:
-        if args.scale not in (None, content["scale"]):
-            raise data.DataError(f"--scale {args.scale}: {args.checkpoint} was trained with {content['scale']}; leave it out")
-        encoders, scaling = models.load_encoders(content)
-    else:
-        scaling = {"scale": args.scale or "patch-max", "stats": patches.stats({"validation"})}
+        return report(args)
+    content = models.load_checkpoint(args.checkpoint) if args.checkpoint else {}
+    method, identity = content.get("method", args.method), file_hash(args.checkpoint) if content else None
+    patches, train_rows, test_rows, scaling = open_labelled(args, content)
     inputs = models.METHODS[method]["inputs"]
     names = inputs if args.sensors == "both" else [name for name in inputs if name == args.sensors]
     if not names:
         raise data.DataError(f"--sensors {args.sensors}: {TITLES[method]} has no such encoder")
     settings = {"crop": args.crop, "scale": scaling["scale"], "label_sampling": args.label_sampling,
-                "precision": args.precision}
-    results = Results(args.results)
-    labels = patches.labels[train_rows]
-    at = np.full(len(patches), -1)
-    at[train_rows] = np.arange(len(train_rows))  # patch -> its place among the training patches
+                "precision": args.precision, "bands": patches.bands}
+    results, labels, source = Results(args.results), patches.labels[train_rows], data_hash(patches)
     for seed in range(args.seeds):
-        train = None
-        for task in args.task:
-            for fraction in args.label_fraction:
-                run = {"method": method, "protocol": "linear", "probe": args.probe, "baseline": args.baseline,
-                       "sensors": args.sensors, "task": task, "label_fraction": fraction, "seed": seed,
-                       "checkpoint": identity, "data": data_hash(patches), "args": settings}
-                if results.has(run):
-                    continue
-                if train is None:
-                    if args.baseline == "random":
-                        torch.manual_seed(seed)
-                        encoders, identity_of = models.make_encoders(method, patches.bands).eval(), f"random {method} {seed}"
-                    elif args.baseline == "bands":
-                        encoders, identity_of = nn.ModuleDict({name: BandStatistics() for name in inputs}), f"bands {method}"
-                    train, test = (features_of(encoders, scaling, patches, rows, args, identity or identity_of)
-                                   for rows in (train_rows, test_rows))
-                    train["row"] = at[train["row"]]
-                chosen = training_rows(labels, fraction, seed, args.label_sampling)
-                scores, _, _, counts = probe(train, test, names, task, chosen, labels, seed, args)
-                results.add(run, scores, counts=counts, simulated=patches.simulated or content.get("simulated", False))
+        runs = [{"method": method, "protocol": "linear", "probe": args.probe, "baseline": args.baseline, "task": task,
+                 "sensors": args.sensors, "label_fraction": fraction, "seed": seed, "checkpoint": identity, "data": source,
+                 "args": settings} for task in args.task for fraction in args.label_fraction]
+        runs = [run for run in runs if not results.has(run)]
+        if not runs:
+            continue
+        torch.manual_seed(seed)
+        encoders = nn.ModuleDict({name: BandStatistics() for name in inputs}) if args.baseline == "bands" else \
+            models.load_encoders(content)[0] if content else models.make_encoders(method, patches.bands).eval()
+        name = identity or [args.baseline, method, seed * (args.baseline == "random")]
+        train, test = (features_of(encoders, scaling, patches, rows, args, name) for rows in (train_rows, test_rows))
+        train["row"] = np.searchsorted(train_rows, train["row"])  # place among the training patches
+        for run in runs:
+            chosen = training_rows(labels, run["label_fraction"], seed, args.label_sampling)
+            scores, counts = probe(train, test, names, run["task"], chosen, labels, seed, args)
+            results.add(run, scores, counts=counts, simulated=patches.simulated or content.get("simulated", False))
 
 
 if __name__ == "__main__":
