@@ -1,0 +1,104 @@
+#!/usr/bin/env bash
+# The whole experiment: three pretrainings, seven rows, two tasks, label fractions, linear probes, tables and figure.
+#
+#   bash run_all.sh                                    simulated data, every stage small: about 10 minutes on 2 cores
+#   bash run_all.sh --sen12ms DIR --dfc2020 DIR        the published sizes and five seeds, on all GPUs of the machine
+#
+# DIR is a folder of GeoTIFFs or a store of data.py pack. --out DIR is where everything goes (default: simulated/, or
+# experiment/ for real data). Started again after a break, it does only what is missing.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+sen12ms="" dfc2020="" out=""
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --sen12ms) sen12ms=${2:?--sen12ms needs a folder}; shift 2 ;;
+    --dfc2020) dfc2020=${2:?--dfc2020 needs a folder}; shift 2 ;;
+    --out) out=${2:?--out needs a folder}; shift 2 ;;
+    *) echo "run_all.sh: unknown option $1; see the top of the file" >&2; exit 2 ;;
+  esac
+done
+if [ -z "$sen12ms" ] != [ -z "$dfc2020" ]; then
+  echo "run_all.sh: give both --sen12ms and --dfc2020, or neither for simulated data" >&2; exit 2
+fi
+
+gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")
+if [ -n "$sen12ms" ]; then
+  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5" pretrain=() finetune=() probe=()
+else
+  out=${out:-simulated} seeds=2 fractions="0.01 0.1 0.5"
+  # Small, and with higher learning rates than published, so that a few steps move the weights at all.
+  pretrain=(--epochs 10 --constant-epochs 5 --batch-size 48 --crop 32 --lr 1e-3 --holdout 0.15 --workers 0 --cache ram)
+  finetune=(--epochs 4 --drop-epoch 3 --batch-size 32 --crop 32 --lr 3e-4 --classifier-lr 3e-3 --workers 0 --cache ram)
+  probe=(--crop 32 --workers 0)
+fi
+mkdir -p "$out"
+
+# Jobs that do not depend on each other: one per GPU at a time, on a CPU two at a time with half the cores each.
+slots=$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
+[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$(((cores + slots - 1) / slots))
+jobs=()
+queue() { jobs+=("$(printf '%q ' "$@")"); }
+run_jobs() {
+  local pids=() slot pid
+  set -m  # each slot is a process group, so that a failure or Ctrl-C can end it whole
+  for ((slot = 0; slot < slots; slot++)); do
+    (
+      set +m
+      [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=$slot
+      for ((i = slot; i < ${#jobs[@]}; i += slots)); do
+        echo "+ ${jobs[i]}"
+        if [ "$slots" -eq 1 ]; then eval "${jobs[i]}"  # the progress bars of several at a time go to files
+        else eval "${jobs[i]}" 2> "$out/job-$i.log" || { tail -n 3 "$out/job-$i.log" >&2; exit 1; }; fi
+      done
+    ) &
+    pids+=($!)
+  done
+  set +m
+  trap 'for pid in "${pids[@]}"; do kill -TERM -- -"$pid" 2> /dev/null || true; done' EXIT
+  for pid in "${pids[@]}"; do wait "$pid"; done
+  trap - EXIT
+  jobs=()
+}
+
+if [ -z "$sen12ms" ]; then
+  [ -e "$out/dfc2020/index.json" ] || python tests/simulate.py "$out/trees" --size 48 --scenes 8 --patches 24 \
+    --dfc-train 64 --dfc-test 64
+  sen12ms=$out/trees/sen12ms dfc2020=$out/trees/dfc2020
+fi
+for name in sen12ms dfc2020; do  # a tree is packed once; a store is taken as it is
+  if [ ! -e "${!name}/index.json" ]; then
+    [ -e "$out/$name/index.json" ] || python data.py pack "${!name}" "$out/$name"
+    printf -v "$name" %s "$out/$name"
+  fi
+done
+
+for method in d-simclr mma simclr-rgb; do
+  options=(--method "$method" --data "$sen12ms" --out "$out/runs/$method" "${pretrain[@]}")
+  if [ "$gpus" -gt 1 ]; then torchrun --standalone --nproc-per-node "$gpus" pretrain.py "${options[@]}"
+  else queue python pretrain.py "${options[@]}"; fi
+done
+run_jobs
+
+evaluate=(--data "$dfc2020" --results "$out/results" --seeds "$seeds")
+for method in d-simclr mma simclr-rgb; do
+  probed=(python linear_eval.py "${evaluate[@]}" "${probe[@]}" --task single multi)
+  queue "${probed[@]}" --checkpoint "$out/runs/$method/last.pt"
+  queue "${probed[@]}" --baseline random --method "$method"
+done
+queue "${probed[@]}" --baseline bands
+for method in d-simclr mma; do
+  for sensor in s1 s2; do queue "${probed[@]}" --checkpoint "$out/runs/$method/last.pt" --sensors "$sensor"; done
+done
+for method in mma d-simclr late-fusion early-fusion simclr-rgb only-s2 only-s1; do
+  tuned=(python finetune.py "${evaluate[@]}" --method "$method" "${finetune[@]}")
+  case $method in simclr-rgb | d-simclr | mma) tuned+=(--checkpoint "$out/runs/$method/last.pt") ;; esac
+  queue "${tuned[@]}" --task single multi
+  case $method in early-fusion | late-fusion | d-simclr | mma)  # the lines of the figure
+    read -ra shares <<< "$fractions"
+    queue "${tuned[@]}" --label-fraction "${shares[@]}" ;;
+  esac
+done
+run_jobs
+python linear_eval.py --report "$out/results"
