@@ -18,7 +18,7 @@ while [ $# -gt 0 ]; do
     *) echo "run_all.sh: unknown option $1; see the top of the file" >&2; exit 2 ;;
   esac
 done
-if [ -z "$sen12ms" ] != [ -z "$dfc2020" ]; then
+if [ "${sen12ms:+given}" != "${dfc2020:+given}" ]; then
   echo "run_all.sh: give both --sen12ms and --dfc2020, or neither for simulated data" >&2; exit 2
 fi
 
