@@ -14,24 +14,22 @@ import argparse
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 import re
 import shutil
-import struct
 import sys
-import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import rasterio
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm import tqdm
 
 os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "EMPTY_DIR")  # else GDAL lists the whole folder for every file
@@ -50,7 +48,8 @@ SPLITS = {"train": "validation", "validation": "validation", "test": "test"}  # 
 PUBLISHED = {"SEN12MS": 180_662, "validation": 986, "test": 5_128}  # patches
 STORE_FORMAT = 1
 HEADER = 128  # bytes before the data in our .npy files
-CHUNK = 16  # patches per job of a packing worker
+CHUNK = 8  # patches per job of a packing worker
+RING = 4  # batches in memory per process that reads: two under way, one in use, one to spare
 HOW_TO_GET = ("SEN12MS: mediaTUM, doi 10.14459/2019mp1474000. DFC2020: IEEE DataPort or Copernicus-Bench. The README's "
               "section 'Data' says how; `python tests/simulate.py OUT` makes simulated data to try the scripts on.")
 
@@ -64,7 +63,7 @@ class DataError(Exception):
     """The data or an option is not as it must be. The text is one line: what, where, and the mend."""
 
 
-class BadPatch(Exception):
+class BadPatch(DataError):
     """A patch that cannot be used; the text is the reason."""
 
 
@@ -143,22 +142,35 @@ def standardise(x, stats):
 
 # ---------------------------------------------------------------------------------------------- files
 
-class Place(NamedTuple):
-    """One place on the ground and its files."""
-    id: str
-    split: str  # season, or `validation` or `test`
-    s1: str
-    s2: str
-    classes: str | None  # dfc or lc
-
-
+Place = namedtuple("Place", "id split s1 s2 classes")  # split: or season; s1, s2, classes: paths; classes: dfc, lc or None
 NAME = re.compile(r"(ROIs\d+_[a-z]+)_(s1|s2|lc|dfc)_(\d+)_p(\d+)\.tif")
+PLAIN = re.compile(r".*?(?:/(train|validation|test))?/(s1|s2|classes)/([^/.][^/]*)\.tiff?")
 
 
 def scene_of(patch_id):
     """Scene of a patch: neighbours share it. A plain pair is a scene of its own."""
-    match = re.fullmatch(r"(ROIs\d+_[a-z]+_\d+)_p\d+", patch_id)
-    return match[1] if match else patch_id
+    return patch_id.rpartition("_p")[0] if patch_id.startswith("ROIs") else patch_id
+
+
+def find_files(tree):
+    """{(season or split, scene, patch, id): {sensor: path}} by file name; DataError where a file is there twice."""
+    found = defaultdict(dict)
+    for folder, _, names in os.walk(tree, followlinks=True):
+        for name in names:
+            path = os.path.join(folder, name)
+            if match := NAME.fullmatch(name):
+                season, sensor, scene, patch = match.groups()
+                key = season, int(scene), int(patch), f"{season}_{int(scene)}_p{int(patch)}"
+            elif match := PLAIN.fullmatch(os.path.abspath(path)):
+                split, sensor, stem = match.groups()
+                split = SPLITS.get(split, "")
+                key = split, 0, 0, f"{split}/{stem}".lstrip("/")
+            else:
+                continue
+            if sensor in found[key]:
+                raise DataError(f"{found[key][sensor]} and {path} are the same patch: remove one of them")
+            found[key][sensor] = path
+    return found
 
 
 def find_patches(tree, seasons=None, limit=None):
@@ -167,54 +179,42 @@ def find_patches(tree, seasons=None, limit=None):
     Raises DataError where there are none, or one twice."""
     if not Path(tree).is_dir():
         raise DataError(f"{tree}: no such folder. {HOW_TO_GET}")
-    found = {}  # (season or split, scene, patch, name of a plain pair) -> {sensor: path}
-    for folder, _, names in os.walk(tree, followlinks=True):
-        above, kind = Path(folder).absolute().parts[-2:]
-        for name in names:
-            if match := NAME.fullmatch(name):
-                season, sensor, scene, patch = match.groups()
-                key = season, int(scene), int(patch), ""
-            elif kind in ("s1", "s2", "classes") and name.endswith((".tif", ".tiff")) and name[0] != ".":
-                key, sensor = (SPLITS.get(above, ""), 0, 0, name.rsplit(".", 1)[0]), kind
-            else:
-                continue
-            files = found.setdefault(key, {})
-            if sensor in files:
-                raise DataError(f"{files[sensor]} and {folder}/{name} are the same patch: remove one of them")
-            files[sensor] = os.path.join(folder, name)
-    label = {key: files.get("dfc") or files.get("classes") or files.get("lc") for key, files in found.items()}
-    labelled = {key[0] for key in found if label[key]}  # a season with labels has them for every patch
-    places, left_out = [], {}
+    places, left_out, found = [], {}, find_files(tree)
+    labels = {key: files.get("dfc") or files.get("classes") or files.get("lc") for key, files in found.items()}
+    labelled = {season for (season, *_), path in labels.items() if path}  # then every patch of the season must have them
     for key, files in sorted(found.items()):
-        season, scene, patch, name = key
+        season, patch_id = key[0], key[-1]
         split = season.rpartition("_")[2]
         if seasons and split not in seasons or not files.keys() & {"s1", "s2"}:
             continue
-        patch_id = "/".join(filter(None, (season, name))) if name else f"{season}_{scene}_p{patch}"
-        lacking = [s for s in ("s1", "s2") if s not in files] + ["label"] * (season in labelled and not label[key])
+        lacking = [sensor for sensor in ("s1", "s2") if sensor not in files]
+        if season in labelled and not labels[key]:
+            lacking.append("label")
         if lacking:
             left_out[patch_id] = f"no {' and no '.join(lacking)} file"
         else:
-            places.append(Place(patch_id, split, files["s1"], files["s2"], label[key]))
+            places.append(Place(patch_id, split, files["s1"], files["s2"], labels[key]))
     if not places:
-        raise DataError(f"{tree}: no patches found{' with all their files' if left_out else ''}. Expected files like "
-                        "ROIs1158_spring_s1_1_p30.tif, or s1/NAME.tif beside s2/NAME.tif")
-    step = max(1, len(places) / (limit or len(places)))
-    return [places[int(k * step)] for k in range(round(len(places) / step))], left_out
+        raise DataError(f"{tree}: no pairs found{' of ' + ' '.join(seasons) if seasons else ''}. Expected files like "
+                        "ROIs1158_spring_s1_1_p30.tif and ROIs1158_spring_s2_1_p30.tif, or s1/NAME.tif and s2/NAME.tif")
+    count = min(limit or len(places), len(places))
+    return [places[k * len(places) // count] for k in range(count)], left_out
 
 
 def read_tif(path, count, kinds, window=None):
     """-> (count, h, w) array of a GeoTIFF whose data type is one of numpy's `kinds`; raises BadPatch."""
+    name = Path(path).name
     try:
         with rasterio.open(path) as tif:
-            if tif.count != count and not (tif.count > count and "_lc_" in Path(path).name):  # layers 2-4 of lc: LCCS
-                raise BadPatch(f"{Path(path).name}: {tif.count} bands, not {count}")
+            if tif.count != count and not ("_lc_" in name and tif.count > count):  # layers 2-4 of lc: other legends
+                raise BadPatch(f"{name}: {tif.count} bands, not {count}")
             if np.dtype(tif.dtypes[0]).kind not in kinds:
-                raise BadPatch(f"{Path(path).name}: wrong data type {tif.dtypes[0]}")
+                raise BadPatch(f"{name}: wrong data type {tif.dtypes[0]}")
             return tif.read(range(1, count + 1), window=window)
     except rasterio.errors.RasterioError:
-        reason = "truncated or not a TIFF" if os.path.getsize(path) else "empty file"
-        raise BadPatch(f"{Path(path).name}: {reason}") from None
+        if not os.access(path, os.R_OK):
+            raise BadPatch(f"{name}: cannot be opened") from None
+        raise BadPatch(f"{name}: {'truncated or not a TIFF' if os.path.getsize(path) else 'empty file'}") from None
 
 
 def read_patch(place, shape, window=None):
@@ -251,12 +251,10 @@ def tree_shape(places):
     """(S2 bands, height, width) of a tree: the most frequent of up to 25 files spread over it."""
     shapes = Counter()
     for place in places[::math.ceil(len(places) / 25)]:
-        try:
-            with rasterio.open(place.s2) as tif:
-                shapes[tif.count, tif.height, tif.width] += tif.count in (len(S2_BANDS), len(L2A_BANDS))
-        except rasterio.errors.RasterioError:
-            continue
-    if not any(shapes.values()):
+        with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(place.s2) as tif:
+            if tif.count in (len(S2_BANDS), len(L2A_BANDS)):
+                shapes[tif.count, tif.height, tif.width] += 1
+    if not shapes:
         raise DataError(f"{places[0].s2}: neither it nor the others tried are Sentinel-2 TIFFs of 13 bands (L1C) or 12 "
                         "(L2A, without B10)")
     return max(sorted(shapes), key=shapes.get)
@@ -265,51 +263,54 @@ def tree_shape(places):
 # ---------------------------------------------------------------------------------------------- scan and pack
 
 class Scan(Dataset):
-    """Job k reads and judges CHUNK places, writes the good ones to their rows of `files`, and returns a report."""
+    """Job k reads and judges CHUNK places -> its report, and s1, s2, classes of the good patches."""
 
-    def __init__(self, places, shape, files=()):
-        self.places, self.shape, self.files = places, shape, files
+    def __init__(self, places, shape):
+        self.places, self.shape, self.buffers = places, shape, Buffers(len(S1_BANDS), shape[0])
 
     def __getitem__(self, job):
-        report = {"job": job, "bad": {}, "label": {}, "sums": {}}
-        with contextlib.ExitStack() as stack:
-            handles = [stack.enter_context(open(path, "r+b", buffering=0)) for path in self.files]
-            self.read(job, report, handles)
-            for handle in handles:
-                os.fsync(handle.fileno())  # the report must never say more than the disk holds
-        return json.dumps(report)
-
-    def read(self, job, report, handles):
-        for row in range(job * CHUNK, min((job + 1) * CHUNK, len(self.places))):
-            place = self.places[row]
+        report, good = {"bad": {}, "label": {}, "sums": {}}, 0
+        batch = self.buffers.next(CHUNK, *self.shape[1:])
+        for place in self.places[job * CHUNK:(job + 1) * CHUNK]:
             try:
                 s1, s2, classes = read_patch(place, self.shape)
             except BadPatch as reason:
                 report["bad"][place.id] = str(reason)
                 continue
-            report["label"][place.id] = int(single_label(classes[None])[0])
+            report["label"][place.id] = single_label(classes[None]).item() if place.classes else IGNORE
             report["sums"][place.split] = add_sums(report["sums"].get(place.split), band_sums(s1, s2))
-            for handle, array in zip(handles, (s1, s2, classes)):
-                try:
-                    write_at(handle, HEADER + row * array.nbytes, array.tobytes())
-                except OSError as error:  # a copy-on-write disk can be full in spite of the reservation
-                    report["failed"] = f"{handle.name}: {error.strerror}"
+            for tensor, array in zip(batch, (s1, s2, classes)):
+                tensor[good] = torch.from_numpy(array)
+            good += 1
+        return report, [tensor[:good] for tensor in batch]
 
 
-def write_at(handle, offset, data):
-    handle.seek(offset)
-    while data:  # an unbuffered write may be partial
-        data = data[handle.write(data):]
+def scan(places, shape, workers=None, done=0):
+    """Read and judge all places but those of the first `done` jobs, in processes; yields what Scan gives, in order."""
+    jobs = range(done, math.ceil(len(places) / CHUNK))
+    reports = DataLoader(Scan(places, shape), sampler=jobs, batch_size=None, num_workers=processes(workers, jobs))
+    with tqdm(total=len(places), initial=done * CHUNK, unit="patch", desc="reading", delay=1) as bar:
+        for report, batch in reports:
+            yield report, batch
+            bar.update(len(report["label"]) + len(report["bad"]))
 
 
 def band_sums(s1, s2):
-    """[sum, sum of squares, lowest, highest], each over the bands, as integers: exact in any order of adding."""
-    bands = [band.ravel().astype(np.float64) for array in (s1, s2) for band in array]  # exact for sums below 2^53
-    return [[int(f(band)) for band in bands] for f in (np.sum, lambda band: band @ band, np.min, np.max)]
+    """[sum, sum of squares, lowest, highest], each over the bands, as integers: exact for patches of up to 1448 px."""
+    sums = [], [], [], []
+    for array in (s1, s2):
+        flat = array.reshape(len(array), -1)
+        exact = flat.astype(np.float64)
+        square = np.einsum("ij,ij->i", exact, exact)  # no BLAS: its threads would fight with the other workers
+        for values, more in zip(sums, (exact.sum(1), square, flat.min(1), flat.max(1))):
+            values += map(int, more)
+    return sums
 
 
 def add_sums(a, b):
-    return [[f(x, y) for x, y in zip(*rows)] for f, *rows in zip((int.__add__, int.__add__, min, max), a, b)] if a else b
+    """Two results of band_sums, or None and one -> that of both."""
+    joined = (int.__add__, int.__add__, min, max)
+    return b if a is None else [[f(x, y) for x, y in zip(*rows)] for f, *rows in zip(joined, a, b)]
 
 
 def statistics(sums, pixels):
@@ -322,106 +323,114 @@ def statistics(sums, pixels):
             "lowest": [v / u for v, u in zip(lowest, unit)], "highest": [v / u for v, u in zip(highest, unit)]}
 
 
-def scan(places, shape, workers=None, files=(), skip=()):
-    """Read and judge all places but the jobs in `skip`, in processes; yields a report per job, in their order."""
-    jobs = [job for job in range(math.ceil(len(places) / CHUNK)) if job not in skip]
-    with tqdm(total=len(places), initial=len(skip) * CHUNK, unit="patch", desc="reading", delay=1) as bar:
-        for report in map(json.loads, loader(Scan(places, shape, files), jobs, workers)):
-            if "failed" in report:
-                raise DataError(report["failed"])
-            bar.update(len(report["label"]) + len(report["bad"]))
-            yield report
-
-
-def make_index(tree, places, shape, left_out, reports, max_bad):
-    """-> (index of the good patches, as in index.json; their rows among `places`). DataError where too many are bad."""
-    left_out, label, sums = dict(left_out), {}, {}
-    for report in sorted(reports, key=lambda report: report["job"]):
-        left_out.update(report["bad"])
-        label.update(report["label"])
-        sums.update({split: add_sums(sums.get(split), part) for split, part in report["sums"].items()})
-    count = len(label) + len(left_out)
-    if len(left_out) > max_bad * count or not label:
+def refuse_bad(tree, left_out, count, max_bad):
+    """DataError where more than the share `max_bad` of `count` patches is left out, or all."""
+    if len(left_out) > max_bad * count or len(left_out) == count:
         names = "; ".join(f"{patch} ({reason})" for patch, reason in list(left_out.items())[:5])
         raise DataError(f"{tree}: {len(left_out)} of {count} patches cannot be used, --max-bad allows {max_bad:.1%}: "
                         f"{names}{'; ...' if len(left_out) > 5 else ''}")
-    tail = (row for row in range(len(places) - 1, len(label) - 1, -1) if places[row].id in label)
-    rows = [row if places[row].id in label else next(tail) for row in range(len(label))]  # few bytes move: the last
-    total = None                                                       # good patches take the places of the bad ones
-    for part in sums.values():
-        total = add_sums(total, part)
-    return {"format": STORE_FORMAT, "patches": len(rows), "shape": list(shape),
+
+
+def make_index(tree, places, shape, left_out, reports, max_bad):
+    """Reports of all jobs -> index of the good patches, as in index.json. Raises DataError as soon as too many are bad."""
+    left_out, label, sums, total = dict(left_out), {}, {}, None
+    count = len(places) + len(left_out)
+    for report in reports:
+        left_out |= report["bad"]
+        label |= report["label"]
+        refuse_bad(tree, left_out, count, max_bad)
+        for split, part in report["sums"].items():
+            sums[split], total = add_sums(sums.get(split), part), add_sums(total, part)
+    good = [place for place in places if place.id in label]
+    return {"format": STORE_FORMAT, "patches": len(good), "shape": list(shape),
             "bands": [*S1_BANDS, *(S2_BANDS if shape[0] == len(S2_BANDS) else L2A_BANDS)],
-            **statistics(total, len(rows) * shape[1] * shape[2]), "sums": sums,
-            "simulated": any((Path(tree).resolve() / up / "SIMULATED").exists() for up in (".", "..")),
-            "ids": [places[row].id for row in rows], "splits": [places[row].split for row in rows],
-            "labels": [label[places[row].id] for row in rows] if any(place.classes for place in places) else None,
-            "left_out": left_out}, rows
+            **statistics(total, len(good) * shape[1] * shape[2]), "sums": sums,
+            "simulated": any((folder / "SIMULATED").exists() for folder in (Path(tree), Path(tree).resolve().parent)),
+            "ids": [place.id for place in good], "splits": [place.split for place in good],
+            "labels": [label[place.id] for place in good] if any(place.classes for place in places) else None,
+            "left_out": left_out}
 
 
 def store_files(store, patches, shape, labelled):
-    """-> {path: (header, bytes per patch, bytes in all)} of a store's arrays."""
+    """-> {path: (header, bytes in all)} of the .npy files of a store."""
     arrays = {"s1.npy": ("<i2", len(S1_BANDS), *shape[1:]), "s2.npy": ("<u2", *shape), "classes.npy": ("|u1", *shape[1:])}
     files = {}
     for name, (dtype, *dims) in list(arrays.items())[:2 + labelled]:
         text = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {(patches, *dims)}, }}"
-        header = b"\x93NUMPY\x01\x00" + struct.pack("<H", HEADER - 10) + text.ljust(HEADER - 11).encode() + b"\n"
-        size = math.prod(dims) * int(dtype[2])
-        files[Path(store) / name] = header, size, HEADER + patches * size
+        header = b"\x93NUMPY\x01\x00" + (HEADER - 10).to_bytes(2, "little") + text.ljust(HEADER - 11).encode() + b"\n"
+        files[Path(store) / name] = header, HEADER + patches * math.prod(dims) * np.dtype(dtype).itemsize
     return files
 
 
 def reserve(store, files):
     """Give every file its full size now, so that a full disk is met before the work, not in it."""
-    needed = sum(size for *_, size in files.values())
-    held = sum(path.stat().st_blocks * 512 for path in files if path.exists())
-    free = shutil.disk_usage(store).free + held
+    needed = sum(size for _, size in files.values())
+    free = shutil.disk_usage(store).free + sum(path.stat().st_blocks * 512 for path in files if path.exists())
     try:
         if needed > free:
             raise OSError
-        for path, (*_, size) in files.items():
+        for path, (_, size) in files.items():
             with open(path, "ab") as handle:
                 os.posix_fallocate(handle.fileno(), 0, size)
     except OSError:
-        for path in () if held else files:
-            path.unlink(missing_ok=True)
+        if not (store / "progress.jsonl").exists():
+            for path in files:
+                path.unlink(missing_ok=True)
         raise DataError(f"{store}: the store needs {needed:,} bytes, {free:,} are free (a quota may allow less): choose "
                         "another disk, or fewer patches with --seasons or --limit") from None
+
+
+def write_patches(paths, progress, done, batches):
+    """Append what scan() yields to the files of a store. Yields the reports: those `done` before, then each when its
+    patches, and after them its line in the file `progress`, are on the disk."""
+    yield from done
+    row = sum(len(report["label"]) for report in done)
+    for report, batch in batches:
+        for path, tensor in zip(paths, batch):
+            with open(path, "r+b") as handle:
+                handle.seek(HEADER + row * tensor.stride(0) * tensor.itemsize)
+                handle.write(tensor.numpy())
+                flush(handle)
+        with open(progress, "a") as log:
+            print(json.dumps(report), file=log)
+            flush(log)
+        row += len(report["label"])
+        yield report
 
 
 def write_store(tree, store, places, shape, left_out, key, workers, max_bad):
     """Fill a locked store, from where an interrupted packing stopped, and write its index last."""
     labelled = any(place.classes for place in places)
     files = store_files(store, len(places), shape, labelled)
-    progress = store / "progress.jsonl"  # the key of this packing, then the reports of what is safely on disk
+    progress = store / "progress.jsonl"  # the key of this packing, then the report of each job that is on the disk
     text = progress.read_text() if progress.exists() else ""
     lines = text[:text.rfind("\n") + 1].splitlines() or [key]  # a line without its end was cut off by a kill
     if lines[0] != key:
         raise DataError(f"{store}: the tree or the options changed since this packing began: remove the folder")
     reserve(store, files)
     replace(progress, "\n".join(lines) + "\n")
-    reports = [json.loads(line) for line in lines[1:]]
-    with open(progress, "a", buffering=1) as log:
-        for report in scan(places, shape, workers, list(files), {report["job"] for report in reports}):
-            print(json.dumps(report), file=log)
-            reports.append(report)
-    index, rows = make_index(tree, places, shape, left_out, reports, max_bad)
-    for path, (header, size, _) in store_files(store, len(rows), shape, labelled).items():
-        with open(path, "r+b", buffering=0) as handle:
-            for row, source in enumerate(rows):
-                if row != source:
-                    write_at(handle, HEADER + row * size, os.pread(handle.fileno(), size, HEADER + source * size))
-            write_at(handle, 0, header)
-            os.fsync(handle.fileno())
+    done = [json.loads(line) for line in lines[1:]]
+    reports = write_patches(files, progress, done, scan(places, shape, workers, len(done)))
+    index = make_index(tree, places, shape, left_out, reports, max_bad)
+    for path, (header, size) in store_files(store, index["patches"], shape, labelled).items():
+        with open(path, "r+b") as handle:
+            handle.write(header)
+            handle.truncate(size)  # what was reserved for bad patches
+            flush(handle)
     replace(store / "index.json", json.dumps({"key": key, **index}, indent=0))
+
+
+def flush(handle):
+    """Bring what was written to the disk."""
+    handle.flush()
+    os.fsync(handle.fileno())
 
 
 def replace(path, text):
     """Write a file so that it is there whole or not at all."""
     with open(f"{path}.tmp", "w") as handle:
         handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
+        flush(handle)
     os.replace(f"{path}.tmp", path)
 
 
@@ -431,31 +440,26 @@ def pack(tree, store, workers=None, seasons=None, limit=None, max_bad=0.01):
     store = Path(store)
     places, left_out = find_patches(tree, seasons, limit)
     shape = tree_shape(places)
-    identity = STORE_FORMAT, shape, [(place.id, place.split, bool(place.classes)) for place in places]
+    identity = STORE_FORMAT, CHUNK, shape, [(place.id, place.split, bool(place.classes)) for place in places]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     try:
         store.mkdir(parents=True, exist_ok=True)
-        (store / "lock").touch()
-    except OSError as error:
-        raise DataError(f"{store}: {error.strerror}: choose a folder that can be written") from None
-    with open(store / "lock") as lock:
-        for patience in range(80, -1, -1):  # the workers of a packing that was killed hold its lock for some seconds
+        with open(store / "lock", "w") as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by this process alone, not by its workers
             except BlockingIOError:
-                if not patience:
-                    raise DataError(f"{store}: another packing is writing it: wait, or choose another folder") from None
-                time.sleep(0.1)
-        if not (store / "index.json").exists():
-            write_store(tree, store, places, shape, left_out, key, workers, max_bad)
-        index = read_index(store)
-        if index["key"] != key:
-            raise DataError(f"{store}: holds another packing (other tree or options): choose another folder")
-        for path, (*_, size) in store_files(store, index["patches"], shape, index["labels"] is not None).items():
-            os.truncate(path, size)  # only after the index: a tail that fills a hole must outlive any kill
-        for name in ("progress.jsonl", "lock"):
-            (store / name).unlink(missing_ok=True)
+                raise DataError(f"{store}: another packing is writing it: wait, or choose another folder") from None
+            try:
+                if not (store / "index.json").exists():
+                    write_store(tree, store, places, shape, left_out, key, workers, max_bad)
+                index = read_index(store)
+                if index["key"] != key:
+                    raise DataError(f"{store}: holds another packing (other tree or options): choose another folder")
+                (store / "progress.jsonl").unlink(missing_ok=True)
+            finally:
+                (store / "lock").unlink()
+    except OSError as error:
+        raise DataError(f"{store}: {error.strerror}: mend that, or choose another folder") from None
     return index
 
 
@@ -467,7 +471,7 @@ def read_index(store):
         raise DataError(f"{store}/index.json cannot be read ({error}): pack again") from None
     if index.get("format") != STORE_FORMAT:
         raise DataError(f"{store}: store format {index.get('format')}, this version reads {STORE_FORMAT}: pack again")
-    for path, (header, _, size) in store_files(store, index["patches"], index["shape"], index["labels"] is not None).items():
+    for path, (header, size) in store_files(store, index["patches"], index["shape"], index["labels"] is not None).items():
         found = path.stat().st_size if path.exists() else 0
         if found < size:
             raise DataError(f"{path}: {found:,} bytes where the index says {size:,}: copy it again, or pack again")
@@ -479,6 +483,32 @@ def read_index(store):
 
 # ---------------------------------------------------------------------------------------------- read and crop
 
+def empty(n, s1_bands, s2_bands, height, width):
+    """Uninitialised s1, s2, classes arrays for n patches or crops."""
+    shapes = (n, s1_bands, height, width), (n, s2_bands, height, width), (n, height, width)
+    return [np.empty(shape, dtype) for shape, dtype in zip(shapes, (np.int16, np.uint16, np.uint8))]
+
+
+class Buffers:
+    """Memory for batches of s1, s2, classes, used in turn, since to get new memory from the system takes longer than to
+    fill it: a batch is overwritten when RING more have been asked for."""
+
+    def __init__(self, s1_bands, s2_bands):
+        self.s1_bands, self.s2_bands, self.owner = s1_bands, s2_bands, None
+
+    def next(self, n, height, width):
+        """-> uninitialised tensors, shapes as of empty()."""
+        if self.owner != (os.getpid(), height, width):  # what a worker inherits is not shared
+            self.owner, self.ring = (os.getpid(), height, width), []
+        batch = self.ring.pop(0) if len(self.ring) == RING else None
+        if batch is None or len(batch[0]) < n:
+            batch = [torch.from_numpy(array) for array in empty(n, self.s1_bands, self.s2_bands, height, width)]
+            if get_worker_info():
+                batch = [tensor.share_memory_() for tensor in batch]  # the main process reads it where it is
+        self.ring.append(batch)
+        return [tensor[:n] for tensor in batch]
+
+
 class Patches:
     """N co-registered patches of one size, from a store or a tree, in the same order from both.
 
@@ -487,14 +517,18 @@ class Patches:
     """
 
     def __init__(self, path, index, places=None):
-        self.path, self.index, self.places, self.tensors = path, index, places, None
+        self.path, self.index, self.places = path, index, places
+        self.arrays = self.tensors = self.files = ()
         self.ids, self.scenes = index["ids"], [scene_of(patch) for patch in index["ids"]]
         self.splits, self.size = np.array(index["splits"]), tuple(index["shape"][1:])
         self.simulated = index["simulated"]
         self.labels = None if index["labels"] is None else np.array(index["labels"])
-        if not places:
+        if places is None:
             files = store_files(path, len(self), index["shape"], self.labels is not None)
-            self.arrays = [np.load(file, mmap_mode="r").view(np.ndarray) for file in files]
+            self.arrays = [np.load(file, mmap_mode="r").view(np.ndarray) for file in files]  # a memmap's slices are slow
+            memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            on_disk = sum(array.nbytes for array in self.arrays) > memory  # else it is in the page cache, or soon
+            self.files = [os.open(file, os.O_RDONLY) for file in files if on_disk]
         self.select(index["bands"])
 
     def __len__(self):
@@ -505,10 +539,11 @@ class Patches:
         have = self.index["bands"]
         if unknown := [band for band in bands if band not in have]:
             raise DataError(f"{self.path}: no band {' '.join(unknown)}; it has {' '.join(have)}")
-        parts = {"s1": have[:len(S1_BANDS)], "s2": have[len(S1_BANDS):]}
-        self.bands = {sensor: [band for band in bands if band in part] for sensor, part in parts.items()}
-        self.picks = [slice(None) if self.bands[sensor] == part else [part.index(band) for band in self.bands[sensor]]
-                      for sensor, part in parts.items()]
+        sensors = {"s1": have[:len(S1_BANDS)], "s2": have[len(S1_BANDS):]}
+        self.bands = {sensor: [band for band in bands if band in own] for sensor, own in sensors.items()}
+        self.picks = [slice(None) if self.bands[sensor] == own else [own.index(band) for band in self.bands[sensor]]
+                      for sensor, own in sensors.items()]
+        self.buffers = Buffers(*map(len, self.bands.values()))
         return self
 
     def stats(self, splits):
@@ -531,62 +566,84 @@ class Patches:
             classes = classes[0] if classes else IGNORE
         return s1[self.picks[0]], s2[self.picks[1]], classes
 
-    def empty(self, n, height, width):
-        """Uninitialised s1, s2, classes arrays for n patches or crops."""
-        return (np.empty((n, len(self.bands["s1"]), height, width), np.int16),
-                np.empty((n, len(self.bands["s2"]), height, width), np.uint16), np.empty((n, height, width), np.uint8))
-
     def crops(self, rows, tops, lefts, size):
         """Crops of `size` px at (tops, lefts) of the patches `rows` -> tensors: s1 int16 (B, c1, size, size), s2 uint16
-        (B, c2, size, size), classes uint8 (B, size, size), all 255 where there are no labels."""
+        (B, c2, size, size), classes uint8 (B, size, size), all 255 where there are no labels. They are overwritten when
+        RING more have been asked for: clone what is to be kept."""
         if self.tensors:
             rows, tops, lefts = (torch.as_tensor(v, device=self.tensors[0].device) for v in (rows, tops, lefts))
             views = [tensor.unfold(2, size, 1).unfold(3, size, 1) for tensor in self.tensors]  # (N, c, H', W', size, size)
             s1, s2, classes = (view[rows, :, tops, lefts] for view in views)
-            return s1, s2, classes[:, 0]
-        out = self.empty(len(rows), size, size)
-        for k in np.argsort(rows, kind="stable"):  # read in the order of the file, for disks that seek
+            return [s1, s2.view(torch.uint16), classes[:, 0]]
+        rows, tops, lefts = map(np.asarray, (rows, tops, lefts))
+        batch = self.buffers.next(len(rows), size, size)
+        arrays = [tensor.numpy() for tensor in batch]
+        order = np.argsort(rows, kind="stable")  # read in the order of the file, for disks that seek
+        self.read_ahead(rows[order], tops[order], size)
+        for k in order:
             y, x = slice(tops[k], tops[k] + size), slice(lefts[k], lefts[k] + size)
-            for array, values in zip(out, self.window(rows[k], y, x)):
+            for array, values in zip(arrays, self.window(rows[k], y, x)):
                 array[k] = values
-        return tuple(torch.from_numpy(array) for array in out)
+        return batch
+
+    def read_ahead(self, rows, tops, size):
+        """Ask the system for all that a batch needs, at once: page by page a disk is slow, and a guess reads too much."""
+        for file, array in zip(self.files, self.arrays):
+            *outer, line, _ = array.strides
+            bands = range(array.shape[1] if array.ndim == 4 else 1)
+            for row, top in zip(rows.tolist(), tops.tolist()):
+                for band in bands:
+                    start = HEADER + row * outer[0] + band * outer[-1] + top * line
+                    os.posix_fadvise(file, start, size * line, os.POSIX_FADV_WILLNEED)
 
     def hold(self, cache, device):
         """Keep the selected bands in memory: `ram`, or `device`, where a batch of crops is one tensor operation."""
         needed = len(self) * math.prod(self.size) * (2 * sum(map(len, self.bands.values())) + 1)
-        free = torch.cuda.mem_get_info(device)[0] if cache == "device" and device.type == "cuda" else \
-            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if cache == "device" and device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+        else:
+            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if needed > free:
             raise DataError(f"--cache {cache}: {self.path} takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                             "leave the option out")
-        arrays, whole = self.empty(len(self), *self.size), [slice(0, side) for side in self.size]
+        arrays, whole = empty(len(self), *map(len, self.bands.values()), *self.size), [slice(0, side) for side in self.size]
         for row in tqdm(range(len(self)), desc="into memory", unit="patch", delay=1):
             for array, values in zip(arrays, self.window(row, *whole)):
                 array[row] = values
-        self.places, self.arrays, self.picks = None, arrays, [slice(None)] * 2
-        if cache == "device":
-            self.tensors = [torch.from_numpy(array).to(device) for array in (*arrays[:2], arrays[2][:, None])]
-            self.arrays = None
+        self.places, self.arrays, self.picks, self.files = None, arrays, [slice(None)] * 2, ()
+        if cache == "device":  # torch can do little with uint16: the same bits as int16
+            arrays = arrays[0], arrays[1].view(np.int16), arrays[2][:, None]
+            self.tensors = [torch.from_numpy(array).to(device) for array in arrays]
         return self
 
 
 def open_data(path, bands=None, cache=None, workers=None, device="cpu", max_bad=0.01):
     """-> Patches of a store, or of a tree, whose files are all read once to leave out the bad ones.
     bands: only these, by name. cache: None, `ram` or `device`. Raises DataError."""
-    if (Path(path) / "progress.jsonl").exists():
-        raise DataError(f"{path}: a packing that is not finished: run the same `python data.py pack` again")
     if (Path(path) / "index.json").exists():
         patches = Patches(str(path), read_index(path))
+    elif (Path(path) / "progress.jsonl").exists():
+        raise DataError(f"{path}: a packing that is not finished: run the same `python data.py pack` again")
     else:
         places, left_out = find_patches(path)
         shape = tree_shape(places)
-        index, rows = make_index(path, places, shape, left_out, scan(places, shape, workers), max_bad)
-        patches = Patches(str(path), index, [places[row] for row in rows])
+        reports = (report for report, _ in scan(places, shape, workers))
+        index = make_index(path, places, shape, left_out, reports, max_bad)
+        patches = Patches(str(path), index, [place for place in places if place.id not in index["left_out"]])
     patches.select(bands or patches.index["bands"])
     return patches.hold(cache, torch.device(device)) if cache else patches
 
 
-class RandomCrops(Dataset):
+class Crops(Dataset):
+    """Square crops of the patches `rows`; DataError where they are too large."""
+
+    def __init__(self, patches, rows, size):
+        if size > min(patches.size):
+            raise DataError(f"--crop {size}: the patches of {patches.path} are {patches.size[0]} x {patches.size[1]} px")
+        self.patches, self.rows, self.size = patches, np.asarray(rows), size
+
+
+class RandomCrops(Crops):
     """Batch `step` of a run, a pure function of (seed, step): per epoch every row once, in a new order, each cropped at
     a new place. Several processes take their parts of each batch.
 
@@ -595,12 +652,10 @@ class RandomCrops(Dataset):
     """
 
     def __init__(self, patches, rows, size, batch_size, seed, drop_last=False, rank=0, world=1):
-        if size > min(patches.size):
-            raise DataError(f"--crop {size}: the patches of {patches.path} are {patches.size[0]} x {patches.size[1]} px")
-        self.patches, self.rows, self.size, self.seed, self.rank, self.world = patches, np.asarray(rows), size, seed, rank, world
+        super().__init__(patches, rows, size)
+        self.seed, self.rank, self.world, self.epoch = seed, rank, world, None
         self.steps = len(rows) // batch_size if drop_last else math.ceil(len(rows) / batch_size)  # per epoch
         self.used = self.steps * batch_size if drop_last else len(rows)
-        self.epoch = None
 
     def __getitem__(self, step):
         epoch, batch = divmod(step, self.steps)
@@ -613,66 +668,81 @@ class RandomCrops(Dataset):
         return *self.patches.crops(rows, tops, lefts, self.size), torch.from_numpy(rows)
 
 
-class GridCrops(Dataset):
+class GridCrops(Crops):
     """The crops that cover the given patches, the same in every run: batch k is crops k * batch_size onwards, patch by
     patch. places: (top, left) of each crop of a patch, evenly spread, the fewest that leave no pixel out."""
 
     def __init__(self, patches, rows, size, batch_size):
-        if size > min(patches.size):
-            raise DataError(f"--crop {size}: the patches of {patches.path} are {patches.size[0]} x {patches.size[1]} px")
+        super().__init__(patches, rows, size)
         tops, lefts = (np.linspace(0, side - size, math.ceil(side / size)).round().astype(int) for side in patches.size)
-        self.patches, self.size, self.batch_size = patches, size, batch_size
-        self.places = [(top, left) for top in tops for left in lefts]
-        self.rows = np.repeat(rows, len(self.places))
+        self.batch_size, self.places = batch_size, np.array([(top, left) for top in tops for left in lefts])
 
     def __len__(self):
-        return math.ceil(len(self.rows) / self.batch_size)
+        return math.ceil(len(self.rows) * len(self.places) / self.batch_size)
 
     def __getitem__(self, batch):
-        at = np.arange(batch * self.batch_size, min((batch + 1) * self.batch_size, len(self.rows)))
-        tops, lefts = np.array(self.places)[at % len(self.places)].T
-        return *self.patches.crops(self.rows[at], tops, lefts, self.size), torch.from_numpy(self.rows[at])
+        last = min((batch + 1) * self.batch_size, len(self.rows) * len(self.places))
+        patch, place = np.divmod(np.arange(batch * self.batch_size, last), len(self.places))
+        rows, (tops, lefts) = self.rows[patch], self.places[place].T
+        return *self.patches.crops(rows, tops, lefts, self.size), torch.from_numpy(rows)
+
+
+def processes(workers, jobs):
+    """Worker processes to start for some jobs. workers: None for one per core, 0 for none."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
+    return min(max(cores, 1) if workers is None else workers, len(jobs) // 2)
 
 
 def loader(dataset, items, workers=None, device=None):
-    """The given items of a dataset, in this order, read ahead in processes, on the device. workers: None for one per
-    core, 0 for none."""
-    workers = min(os.cpu_count() if workers is None else workers, len(items) // 2)
-    pin = device is not None and device.type == "cuda"
-    batches = DataLoader(dataset, sampler=items, batch_size=None, num_workers=workers, pin_memory=pin)
-    for batch in batches:
-        yield batch if device is None else [tensor.to(device, non_blocking=True) for tensor in batch]
+    """The given items of Crops, in this order, read ahead in processes, on the device. A batch is overwritten, all but
+    its rows, once the second after it is drawn."""
+    if dataset.patches.tensors:  # --cache device
+        return (dataset[item] for item in items)
+    cuda = device is not None and device.type == "cuda"
+    batches = DataLoader(dataset, sampler=items, batch_size=None, num_workers=processes(workers, items), pin_memory=cuda)
+    return look_ahead(batches, device) if cuda else iter(batches)
+
+
+def look_ahead(batches, device):
+    """Batches on a CUDA device, each copied there while the one before is computed with."""
+    main, side, following = torch.cuda.current_stream(device), torch.cuda.Stream(device), []
+    for batch in itertools.chain(batches, [[]]):
+        main.wait_stream(side)
+        ready = following
+        with torch.cuda.stream(side):
+            following = [tensor.to(device, non_blocking=True) for tensor in batch]
+        for tensor in ready:
+            tensor.record_stream(main)  # else its memory is free for the next copy before the work on it is done
+        if ready:
+            yield ready
 
 
 # ---------------------------------------------------------------------------------------------- command line
 
-def summarise(index):
-    """Print what a tree or store holds, against what was published."""
+def summarise(index, names=20):
+    """Print what a tree or store holds, against what was published, and the names of so many that were left out."""
     splits, labels = np.array(index["splits"]), np.array(index["labels"] or [])
-    seasons = sum(split not in PUBLISHED for split in index["splits"])
-    for split, count in sorted(Counter(index["splits"]).items()):
+    counts = Counter(index["splits"])
+    counts["SEN12MS"] = sum(count for split, count in counts.items() if split not in PUBLISHED)
+    for split, count in counts.items():
         published = f" of {PUBLISHED[split]:,} published" if split in PUBLISHED else ""
-        print(f"{split or 'patches':<12}{count:>8,}{published}")
-        if labels.size:
-            counts = Counter(labels[splits == split].tolist())
-            names = dict(enumerate(CLASSES)) | {IGNORE: "no usable label"}
-            print("            " + ", ".join(f"{names[c]} {counts[c]:,}" for c in names if counts[c]))
-    if seasons:
-        print(f"{'SEN12MS':<12}{seasons:>8,} of {PUBLISHED['SEN12MS']:,} published")
-    scenes = {}
+        if count:
+            print(f"{split or 'patches':<12}{count:>8,}{published}")
+        found = Counter(labels[splits == split].tolist()) if labels.size else {}
+        if found:
+            print(" " * 12 + ", ".join(f"{(*CLASSES, 'no usable label')[min(c, 8)]} {n:,}" for c, n in sorted(found.items())))
+    scenes = defaultdict(list)
     for patch, label in zip(index["ids"], index["labels"] or []):
-        scenes.setdefault(scene_of(patch), []).append(label)
-    for scene, found in sorted(scenes.items()):
+        scenes[scene_of(patch)].append(label)
+    for scene, found in scenes.items():
         if set(found) == {IGNORE}:
             print(f"{scene}: no usable label in any of its {len(found)} patches")
     print("band      lowest   highest      mean        sd   (S1 in dB, S2 reflectance x 10,000)")
     for band, *values in zip(index["bands"], *(index[key] for key in ("lowest", "highest", "mean", "std"))):
         print(f"{band:<4}" + "".join(f"{value:>10.2f}" for value in values))
     print(f"left out: {len(index['left_out'])}")
-    for patch, reason in list(index["left_out"].items())[:20]:
+    for patch, reason in itertools.islice(index["left_out"].items(), names):
         print(f"  {patch}: {reason}")
-    if len(index["left_out"]) > 20:
-        print(f"  and {len(index['left_out']) - 20} more")
 
 
 def true_colour(s2):
@@ -713,30 +783,26 @@ def show(patches, out, count=8):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("check", "read and judge every patch of a tree, write nothing"), ("pack", "write a store"),
-                       ("show", "a picture of some patches")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("data", help="folder of GeoTIFFs" + (", or a store" if name != "pack" else ""))
-        if name != "check":
-            command.add_argument("out", help="folder of the new store" if name == "pack" else "picture to write")
-        if name == "pack":
-            command.add_argument("--seasons", nargs="+", help="only these: spring summer fall winter, validation test")
-            command.add_argument("--limit", type=int, help="only so many patches, spread over all scenes")
-        if name == "show":
-            command.add_argument("--count", type=int, default=8, help="patches in the picture")
-        command.add_argument("--workers", type=int, help="processes that read; default one per core")
-        command.add_argument("--max-bad", type=float, default=0.01, help="share of patches that may be bad")
+    parser.add_argument("command", choices=("check", "pack", "show"))
+    parser.add_argument("data", help="folder of GeoTIFFs; for check and show also a store")
+    parser.add_argument("out", nargs="?", help="pack: folder of the new store; show: picture to write")
+    parser.add_argument("--seasons", nargs="+", help="pack only these: spring summer fall winter validation test")
+    parser.add_argument("--limit", type=int, help="pack only so many patches, spread over all scenes")
+    parser.add_argument("--count", type=int, default=8, help="patches in the picture (default %(default)s)")
+    parser.add_argument("--workers", type=int, help="processes that read (default: one per core)")
+    parser.add_argument("--max-bad", type=float, default=0.01, help="share of patches that may be bad (default %(default)s)")
     args = parser.parse_args()
+    if (args.out is None) != (args.command == "check"):
+        parser.error("check DATA, pack TREE STORE, show DATA OUT.png")
     if args.command == "pack":
         summarise(pack(args.data, args.out, args.workers, args.seasons, args.limit, args.max_bad))
-        print(f"packed into {args.out}")
-        return
-    patches = open_data(args.data, workers=args.workers, max_bad=args.max_bad)
-    if args.command == "check":
-        summarise(patches.index)
+    elif args.command == "check":
+        index = open_data(args.data, workers=args.workers, max_bad=1).index
+        summarise(index, names=None)
+        refuse_bad(args.data, index["left_out"], len(index["ids"]) + len(index["left_out"]), args.max_bad)
     else:
-        show(patches, args.out, args.count)
+        show(open_data(args.data, workers=args.workers, max_bad=args.max_bad), args.out, args.count)
+    if args.out:
         print(f"wrote {args.out}")
 
 
