@@ -5,7 +5,7 @@
 
 Every layer is trained, on random crops of the split `validation`, its patches repeated to balance the classes; the last
 epoch is tested on crops that cover each patch of the split `test`. One JSON line per finished run in
---results/results.jsonl; a run that is there is not repeated. `python linear_eval.py --report results/` makes the tables.
+--results/results.jsonl; a run that is there is not repeated. `linear_eval.py --report results/` makes the tables.
 """
 import argparse
 import time
@@ -23,13 +23,11 @@ import models
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--method", default="d-simclr", choices=linear_eval.TITLES)
-    add("--checkpoint", help="pretrained encoders of --method (default: from scratch)")
+    add("--checkpoint", help="pretrained encoders (default: from scratch)")
     linear_eval.add_evaluation_options(add)
     # The released code's settings.
     add("--arch", choices=("resnet18", "resnet50"), help="from scratch, of all but mma (default resnet18)")
     add("--epochs", type=int, default=200)
-    add("--batch-size", type=int, default=100)
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
     add("--classifier-lr", type=float, default=3e-6)
     add("--weight-decay", type=float, default=1e-3)
@@ -41,7 +39,8 @@ def task_loss(task, logits, classes):
     """Cross-entropy or, for several labels, binary cross-entropy, mean over the crops that have a label."""
     if task == "single":
         label = data.single_label(classes)
-        return F.cross_entropy(logits, label, ignore_index=data.IGNORE, reduction="sum") / (label != data.IGNORE).sum().clamp(1)
+        loss = F.cross_entropy(logits, label, ignore_index=data.IGNORE, reduction="sum")
+        return loss / (label != data.IGNORE).sum().clamp(1)
     label = data.multi_label(classes)
     has = label.any(1)
     loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none").mean(1)
@@ -55,19 +54,25 @@ def train(model, patches, rows, scaling, task, seed, args, name):
     optimizer = torch.optim.Adam([{"params": model.encoders.parameters(), "lr": args.lr},
                                   {"params": model.fc.parameters(), "lr": args.classifier_lr}],
                                  weight_decay=args.weight_decay, fused=True)
+    steps = args.epochs * batches.steps
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.drop_epoch * batches.steps], 0.1)
     model.train()
-    feed = data.loader(batches, range(args.epochs * batches.steps), args.workers, device)
-    for s1, s2, classes, _ in tqdm(feed, total=args.epochs * batches.steps, desc=name, unit="step", leave=False, delay=1):
+    feed = tqdm(data.loader(batches, range(steps), args.workers, device), total=steps, desc=name, unit="step",
+                leave=False, delay=1)
+    for step, (s1, s2, classes, _) in enumerate(feed, 1):
+        s1, s2 = (x.contiguous(memory_format=torch.channels_last) for x in data.to_input(s1, s2, **scaling))
+        if len(s1) == 1:  # batch norm may need two
+            s1, s2, classes = (torch.cat((x, x)) for x in (s1, s2, classes))
         with cast:
-            logits = model(*data.to_input(s1, s2, **scaling))
+            logits = model(s1, s2)
         loss = task_loss(task, logits.float(), classes)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-    if not loss.isfinite():
-        raise data.DataError(f"{name}: the loss is {loss.item()} at the end: try a lower --lr or --precision float32")
+        if step % batches.steps == 0 and not loss.isfinite():  # once an epoch, since the host waits for the device here
+            raise data.DataError(f"{name}: the loss is {loss.item()} after epoch {step // batches.steps}: try a lower --lr "
+                                 "or --precision float32")
 
 
 @torch.no_grad()
@@ -87,7 +92,7 @@ def test(model, patches, rows, scaling, task, args):
 
 
 def make_classifier(method, patches, content, args, seed):
-    """-> Classifier of a method, its encoders from a checkpoint's content where there is one, else drawn by the seed."""
+    """-> Classifier of a method, its encoders from a checkpoint's content if there is one, else drawn by the seed."""
     torch.manual_seed(seed)
     encoders = models.load_encoders(content)[0] if content else models.make_encoders(method, patches.bands, args.arch)
     return models.Classifier(encoders).to(args.device, memory_format=torch.channels_last)
@@ -95,15 +100,12 @@ def make_classifier(method, patches, content, args, seed):
 
 def main():
     args = arguments()
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
     content = models.load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    for key, value in (("method", args.method), ("arch", args.arch)):
-        if content and value not in (None, content[key]):
-            raise models.CheckpointError(f"{args.checkpoint}: holds {key} {content[key]}, not --{key} {value}")
-    args.arch = content.get("arch") or args.arch or "resnet18"
     patches, train_rows, test_rows, scaling = linear_eval.open_labelled(args, content)
-    settings = {key: getattr(args, key) for key in ("crop", "label_sampling", "precision", "epochs", "batch_size", "lr",
-                                                    "classifier_lr", "weight_decay", "drop_epoch")}
-    settings |= {"scale": scaling["scale"], "arch": args.arch, "bands": patches.bands}
+    keys = ("crop", "scale", "arch", "label_sampling", "precision", "epochs", "batch_size", "lr", "classifier_lr",
+            "weight_decay", "drop_epoch")
+    settings = {**{key: getattr(args, key) for key in keys}, "bands": patches.bands}
     results, source = linear_eval.Results(args.results), linear_eval.data_hash(patches)
     identity = linear_eval.file_hash(args.checkpoint) if content else None
     for task in args.task:

@@ -3,18 +3,24 @@
     python linear_eval.py --checkpoint runs/d-simclr/last.pt --data DFC --task single multi --seeds 5
     python linear_eval.py --checkpoint runs/d-simclr/last.pt --data DFC --sensors s1      # one satellite is missing
     python linear_eval.py --baseline random --method d-simclr --data DFC                  # the same, never trained
+    python linear_eval.py --checkpoint C --data DATA --embed OUT.npz                      # embeddings of every patch
+    python linear_eval.py --checkpoint C --data DATA --retrieve OUT.png                   # who finds whom, as pictures
     python linear_eval.py --report results/        # tables.md and label_fraction.png, beside the poster's numbers
 
 The encoders run once over the crops that cover each patch; their features are kept under --results. On them a logistic
-regression is fitted to convergence, its penalty chosen by cross-validation on training patches. Every finished run is one
-JSON line in --results/results.jsonl; a run that is there is not repeated. The split `validation` is trained on, `test`
-is tested on, as published.
+regression is fitted to convergence, its penalty chosen by cross-validation on training patches. Every finished run is
+one JSON line in --results/results.jsonl; a run that is there is not repeated. The split `validation` is trained on,
+`test` is tested on, as published.
 """
 import argparse
 import fcntl
 import hashlib
+import itertools
 import json
 import math
+import os
+import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +61,8 @@ def multi_scores(true, predicted):
     true, predicted = np.asarray(true) > 0.5, np.asarray(predicted) > 0.5
     hits, wrong = (true & predicted).sum(0), (true ^ predicted).sum(0)
     f1 = np.where(true.any(0), 2 * hits / np.maximum(2 * hits + wrong, 1), np.nan)
-    return {"class": f1, "average": average(f1), "overall": float(2 * hits.sum() / max(2 * hits.sum() + wrong.sum(), 1))}
+    overall = 2 * hits.sum() / max(2 * hits.sum() + wrong.sum(), 1)
+    return {"class": f1, "average": average(f1), "overall": float(overall)}
 
 
 def average(values):
@@ -84,8 +91,8 @@ def training_rows(labels, fraction, seed, sampling="patches"):
     """Rows to train on, repeated to balance the classes. labels: (N,) single label per training patch.
 
     sampling `patches`: of each class the first round(fraction * n), at least one, of an order that only the seed
-    decides, so that small fractions lie in large ones and are the same for all methods; `rows`: of the repeated list, as
-    published. Patches without a label are left out."""
+    decides, so that small fractions lie in large ones and are the same for all methods; `rows`: of the repeated list,
+    as published. Patches without a label are left out."""
     rng, rows = np.random.default_rng(seed), np.flatnonzero(labels != IGNORE)
     if sampling == "rows":
         repeated = np.repeat(rows, repeats(labels[rows]))
@@ -108,8 +115,13 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self):
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("}")]  # a line that a kill cut off is no result
+        lines = []
+        for text in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                lines.append(json.loads(text))
+            except ValueError:  # a line that a kill cut off is no result
+                continue
+        return lines
 
     def has(self, run):
         return any(all(line.get(key) == value for key, value in run.items()) for line in self.read())
@@ -140,9 +152,13 @@ def file_hash(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
 
 
+def digest(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
 def data_hash(patches):
-    """The same for what a store or tree holds: ids and band sums."""
-    return hashlib.sha256(json.dumps([patches.ids, patches.index["sums"]]).encode()).hexdigest()[:12]
+    """The same for what a store or tree holds: ids, labels and band sums."""
+    return digest([patches.index[key] for key in ("ids", "labels", "sums")])
 
 
 # ---------------------------------------------------------------------------------------------- frozen features
@@ -157,72 +173,94 @@ class BandStatistics(nn.Module):
 @torch.no_grad()
 def extract(encoders, scaling, patches, rows, args):
     """Run frozen encoders over the crops that cover the patches `rows` -> {"s1": (n, D) float32, ..., "single": (n,),
-    "multi": (n, 8), "row": (n,) the crop's patch}; crops patch by patch."""
+    "multi": (n, 8), "row": (n,) the crop's patch}; crops patch by patch. CheckpointError where they are not finite."""
     device, grid, parts = torch.device(args.device), data.GridCrops(patches, rows, args.crop, args.batch_size), []
     cast = models.autocast(args.precision, device)
-    encoders = encoders.to(device)
+    encoders = encoders.to(device, memory_format=torch.channels_last)
     for s1, s2, classes, row in tqdm(data.loader(grid, range(len(grid)), args.workers, device), total=len(grid),
                                      desc="features", unit="batch", delay=1):
         with cast:
             features = models.encode(encoders, *data.to_input(s1, s2, **scaling))
-        labels = {"single": data.single_label(classes), "multi": data.multi_label(classes), "row": row}
-        parts.append({**{name: models.pooled(f).float() for name, f in features.items()}, **labels})
-    return {key: torch.cat([part[key] for part in parts]).cpu().numpy() for key in parts[0]}
+        part = {name: models.pooled(f).float() for name, f in features.items()}
+        part |= {"single": data.single_label(classes), "multi": data.multi_label(classes), "row": row}
+        parts.append({key: value.cpu().numpy() for key, value in part.items()})
+    found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if not all(np.isfinite(found[name]).all() for name in encoders):
+        raise models.CheckpointError(f"{args.checkpoint}: the features are not finite: try --precision float32")
+    return found
 
 
 def features_of(encoders, scaling, patches, rows, args, identity):
     """extract(), kept on disk under everything that it depends on."""
-    key = hashlib.sha256(json.dumps([identity, data_hash(patches), patches.bands, args.crop, scaling, args.precision,
-                                     rows.tolist()]).encode()).hexdigest()[:16]
+    key = digest([identity, data_hash(patches), patches.bands, args.crop, scaling, args.precision,
+                  torch.device(args.device).type, rows.tolist()])
     path = Path(args.results) / "features" / f"{key}.npz"
-    if path.exists():
+    try:
         return dict(np.load(path))
-    features = extract(encoders, scaling, patches, rows, args)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):  # not there, or not whole
+        features = extract(encoders, scaling, patches, rows, args)
+        save_arrays(path, features)
+        return features
+
+
+def save_arrays(path, arrays):
+    """Write an .npz that is there whole or not at all, whoever else is writing it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_suffix(".tmp"), "wb") as handle:
-        np.savez(handle, **features)
-    path.with_suffix(".tmp").rename(path)
-    return features
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as handle:
+        np.savez(handle, **arrays)
+    temporary.replace(path)
 
 
 # ---------------------------------------------------------------------------------------------- linear classifier
 
-def fit(x, y, weight, penalty, start=None, tolerance=1e-6, iterations=500):
-    """Logistic regression by L-BFGS -> function from (n, D) features to (n, 8) logits.
+def fit(x, y, weight, penalty, start=None, tolerance=2e-7, iterations=2000):
+    """F logistic regressions at once, by L-BFGS -> weights (D, F, 8) and biases (F, 8) for predict().
 
-    x: (n, D). y: (n,) int64 for multinomial, (n, 8) 0/1 for one-vs-rest. weight: (n,). Minimises the weighted mean of the
-    cross-entropy (summed over labels) + penalty / 2 * |weights|^2; scikit-learn's C is 1 / (penalty * weight.sum()).
-    A class that no sample has gets logit -inf, a label that all have +inf. start: the function of another penalty.
+    x: (n, D). y: (n,) int64 for multinomial, (n, 8) 0/1 for one-vs-rest. weight: (F, n), of each sample in each of the
+    F. Each minimises the weighted mean of the cross-entropy (summed over labels) + penalty / 2 * |weights|^2;
+    scikit-learn's C is 1 / (penalty * weight.sum()). start: the weights and biases of another penalty.
     """
-    if y.dim() == 1:
-        present, target = y.unique(return_inverse=True)
-        full = x.new_full((len(CLASSES),), -math.inf)
-        cross_entropy = F.cross_entropy
-    else:
-        share = y.mean(0)
-        present = ((share > 0) & (share < 1)).nonzero()[:, 0]
-        full, target = torch.where(share == 1, math.inf, -math.inf).to(x), y[:, present].to(x)
-        cross_entropy = F.binary_cross_entropy_with_logits
-    w, b = start.parameters if start else (x.new_zeros(x.shape[1], len(present)), x.new_zeros(len(present)))
-    w, b, weight = w.clone().requires_grad_(), b.clone().requires_grad_(), weight / weight.sum()
-    optimizer = torch.optim.LBFGS([w, b], max_iter=iterations, tolerance_grad=tolerance, tolerance_change=1e-12,
-                                  history_size=20, line_search_fn="strong_wolfe")
+    labels = (F.one_hot(y, len(CLASSES)) if y.dim() == 1 else y).to(x)
+    used = (weight > 0).to(x)
+    have = used @ labels  # (F, 8) samples with each label
+    # What no sample has, or all have, is not fitted but sure: e^-1000 is 0. Infinite would be NaN times zero weight.
+    sure = 1e3 * ((have == used.sum(1, keepdim=True)).to(x) - (have == 0).to(x))
+    weight = weight / weight.sum(1, keepdim=True)
+    scale = (0.03 * weight.mean(0) @ x.square() + penalty).rsqrt()[:, None, None]  # about curvature^-1/2, for few steps
+    w, b = (start[0], start[1] - sure) if start else (x.new_zeros(x.shape[1], *have.shape), torch.zeros_like(have))
+    v, c = (w / scale).requires_grad_(), (b / 10).requires_grad_()
+    optimizer = torch.optim.LBFGS([v, c], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=1e3 * tolerance,
+                                  tolerance_change=1e-12, history_size=50, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = cross_entropy(x @ w + b, target, reduction="none").reshape(len(x), -1).sum(1) @ weight
-        loss = loss + penalty / 2 * w.square().sum()
+        w = scale * v
+        logits = predict(x, w, 10 * c + sure)  # (n, F, 8)
+        if y.dim() == 1:
+            loss = logits.logsumexp(2) - (logits * labels[:, None]).sum(2)
+        else:
+            loss = (F.softplus(logits) - logits * labels[:, None]).sum(2)
+        loss = 1e3 * ((loss * weight.T).sum() + penalty / 2 * w.square().sum())  # torch forgets tiny steps
         loss.backward()
         return loss
 
-    def logits(x):
-        out = full.repeat(len(x), 1)
-        out[:, present] = x @ w.detach() + b.detach()
-        return out
-
     optimizer.step(closure)
-    logits.parameters = w.detach(), b.detach()
-    return logits
+    return (scale * v).detach(), 10 * c.detach() + sure
+
+
+def predict(x, w, b):
+    """(n, D) features, weights (D, F, 8), biases (F, 8) -> (n, F, 8) logits."""
+    return (x @ w.flatten(1)).view(len(x), *b.shape) + b
+
+
+def principal_axes(x):
+    """(n, D) -> (D, min(n, D)) orthonormal axes of the samples. A penalty on |weights| does not notice a rotation, but
+    the fit converges in far fewer steps where its Hessian is nearly diagonal, and few samples need few dimensions."""
+    basis = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1]).to(x)
+    x = x @ basis
+    return basis @ torch.linalg.eigh(x.T @ x).eigenvectors
 
 
 def folds(rows, labels, count, seed):
@@ -235,20 +273,22 @@ def folds(rows, labels, count, seed):
 
 
 def choose_penalty(x, y, weight, rows, labels, task, seed):
-    """Penalty with the best average score over five folds of the training patches; of equals the strongest."""
+    """Penalty with the best average score over five folds of the training patches, of equals the strongest; where all
+    are equal, as with one patch of each class, the middle one."""
     fold = folds(rows, labels, min(5, len(np.unique(rows))), seed)
-    held_out = {penalty: np.zeros((len(x), len(CLASSES)), np.float32) for penalty in PENALTIES}
-    for k in np.unique(fold) if fold.max() else ():
-        inside, outside, model = torch.from_numpy(fold != k), torch.from_numpy(fold == k), None
-        for penalty in PENALTIES:  # from strong to weak, each starting where the one before ended
-            model = fit(x[inside], y[inside], weight[inside], penalty, model, tolerance=1e-4, iterations=50)
-            held_out[penalty][fold == k] = model(x[outside]).cpu().numpy()
-    scores = [score(task, y.cpu().numpy(), held_out[penalty])["average"] for penalty in PENALTIES]
-    return PENALTIES[int(np.argmax(scores))] if fold.max() else 1.0
+    if not fold.any():  # a single patch
+        return 1.0
+    inside = torch.stack([weight * torch.from_numpy(fold != k).to(weight) for k in range(fold.max() + 1)])
+    model, scores = None, []
+    for penalty in PENALTIES:  # from strong to weak, each starting where the one before ended
+        model = fit(x, y, inside, penalty, model, tolerance=1e-3, iterations=50)
+        held_out = predict(x, *model).cpu().numpy()[np.arange(len(x)), fold]
+        scores.append(score(task, y.cpu().numpy(), held_out)["average"])
+    return float(PENALTIES[int(np.argmax(scores)) if min(scores) < max(scores) else len(PENALTIES) // 2])
 
 
 def knn(x, y, queries, k=20, temperature=0.07):
-    """Weighted cosine k-nearest-neighbour vote (Wu et al. 2018) -> (n, 8) logits, positive where a label has a majority."""
+    """Weighted cosine k-nearest-neighbour vote (Wu et al. 2018) -> (n, 8) logits, positive for a majority."""
     similarity, at = (F.normalize(queries) @ F.normalize(x).T).topk(min(k, len(x)), 1)
     votes = y if y.dim() == 2 else F.one_hot(y, len(CLASSES)).to(x)
     share = torch.einsum("nk,nkc->nc", (similarity / temperature).softmax(1), votes[at].to(x))
@@ -259,9 +299,8 @@ def probe(train, test, names, task, chosen, labels, seed, args):
     """Fit on the training crops of the rows `chosen` (repeats counted as weights), predict the test crops.
     names: the encoders whose features are used -> (scores, what else to report)."""
     device, times = torch.device(args.device), np.bincount(chosen, minlength=len(labels))
-    usable = train["single"] != IGNORE if task == "single" else train["multi"].any(1)
-    use = np.flatnonzero((times[train["row"]] > 0) & usable)
-    tested = np.flatnonzero(test["single"] != IGNORE if task == "single" else test["multi"].any(1))
+    labelled = [part["single"] != IGNORE if task == "single" else part["multi"].any(1) for part in (train, test)]
+    use, tested = np.flatnonzero((times[train["row"]] > 0) & labelled[0]), np.flatnonzero(labelled[1])
     x, queries = (torch.from_numpy(np.concatenate([part[name][at] for name in names], 1)).to(device)
                   for part, at in ((train, use), (test, tested)))
     y, weight = torch.from_numpy(train[task][use]).to(device), torch.from_numpy(times[train["row"][use]]).to(x)
@@ -271,8 +310,11 @@ def probe(train, test, names, task, chosen, labels, seed, args):
     else:
         mean, sd = x.mean(0), x.std(0, correction=0)
         x, queries = ((v - mean) / torch.where(sd > 1e-6 * mean.abs() + 1e-12, sd, math.inf) for v in (x, queries))
-        counts["penalty"] = float(choose_penalty(x, y, weight, train["row"][use], labels, task, seed))
-        logits = fit(x.double(), y, weight.double(), counts["penalty"])(queries.double())
+        axes = principal_axes(x)
+        x = x @ axes
+        counts["penalty"] = choose_penalty(x, y, weight, train["row"][use], labels, task, seed)
+        model = fit(x.double(), y, weight[None].double(), counts["penalty"])
+        logits = predict(queries.double() @ axes.double(), *model)[:, 0]
     return score(task, test[task][tested], logits.cpu().numpy()), counts
 
 
@@ -290,15 +332,16 @@ def row_title(line):
 def table_rows(lines):
     """Result lines -> {row title: lines}, in the poster's order. Runs of one row with different settings become rows of
     their own, named by what differs, so that nothing is averaged that does not belong together."""
-    order, rows, named = list(TITLES.values()), {}, {}
+    order, rows, named = [*TITLES.values(), "Band means and sd"], {}, {}
     for line in lines:
-        settings = json.dumps({**line["args"], "checkpoint": line["checkpoint"], "data": line["data"]}, sort_keys=True)
-        rows.setdefault(row_title(line), {}).setdefault(settings, []).append(line)
-    for title in sorted(rows, key=lambda t: (order.index(t.split(",")[0]) if t.split(",")[0] in order else len(order), t)):
-        all_settings = [json.loads(text) for text in rows[title]]
-        differ = [key for key in all_settings[0] if any(s.get(key) != all_settings[0][key] for s in all_settings)]
-        for settings, found in zip(all_settings, rows[title].values()):
-            values = ", ".join(f"{key} {settings[key]}" for key in differ)
+        settings = {**line["args"], **{key: line[key] for key in ("method", "checkpoint", "data")}}
+        rows.setdefault(row_title(line), {}).setdefault(json.dumps(settings, sort_keys=True), []).append(line)
+    for title in sorted(rows, key=lambda title: (order.index(title.split(",")[0]), title)):
+        settings = [json.loads(text) for text in rows[title]]
+        differ = [key for key in sorted(set().union(*settings))
+                  if any(own.get(key) != settings[0].get(key) for own in settings)]
+        for own, found in zip(settings, rows[title].values()):
+            values = ", ".join(f"{key} {own.get(key)}" for key in differ)
             named[f"{title} [{values}]" if differ else title] = found
     return named
 
@@ -323,21 +366,23 @@ def main_table(lines, task, simulated):
     """One of the poster's two tables as Markdown."""
     named = table_rows([line for line in lines if line["task"] == task and line["protocol"] != "linear"
                         and line["label_fraction"] == 1])
-    best, rows = max((np.mean(column(found, "average")) for found in named.values()), default=None), []
+    means = {title: 100 * np.mean(column(found, "average")) for title, found in named.items()}
+    rows = []
     for title, found in named.items():
-        average = 100 * np.mean(column(found, "average"))
-        poster = POSTER[found[0]["method"]][:2] if task == "single" else POSTER[found[0]["method"]][2:]
-        row = [title, *(cell(column(found, c)) for c in range(len(CLASSES)))]
-        row.append(f"**{cell(column(found, 'average'))}**" if average == 100 * best else cell(column(found, "average")))
-        row += [] if simulated else [poster[0], f"{average - poster[0]:+.0f}"]
-        rows.append([*row, cell(column(found, "overall")), *([] if simulated else [poster[1]]), len(found)])
+        numbers = [cell(column(found, key)) for key in (*range(len(CLASSES)), "average", "overall")]
+        average = f"**{numbers[-2]}**" if means[title] == max(means.values()) else numbers[-2]
+        poster = POSTER[found[0]["method"]][2 * (task == "multi"):][:2]
+        beside = (poster[0], f"{round(means[title] - poster[0]):+d}", numbers[-1], poster[1])
+        if row_title(found[0]) not in TITLES.values():  # the poster has no such row
+            beside = ("-", "-", numbers[-1], "-")
+        rows.append([title, *numbers[:-2], average, *([numbers[-1]] if simulated else beside), len(found)])
     title, overall = ("Single-label classification, accuracy", "OA") if task == "single" else \
         ("Multi-label classification, F1", "O-F1")
-    header = ["", *CLASSES, "Average", *([] if simulated else ["poster", "difference"]), overall,
-              *([] if simulated else [f"poster {overall}"]), "seeds"]
-    there = {found[0]["method"] for found in named.values()}
-    missing = ", ".join(TITLES[method] for method in TITLES if method not in there)
-    return f"## {title}, %\n\n{markdown(header, rows)}" + (f"\nMissing: {missing}.\n" if missing else "")
+    beside = [overall] if simulated else ["poster", "difference", overall, f"poster {overall}"]
+    table = markdown(["", *CLASSES, "Average", *beside, "seeds"], rows) if rows else "No results.\n"
+    there = {row_title(found[0]) for found in named.values()}
+    missing = ", ".join(title for title in TITLES.values() if title not in there)
+    return f"## {title}, %\n\n{table}" + (f"\nMissing: {missing}.\n" if missing else "")
 
 
 def probe_table(lines):
@@ -350,34 +395,40 @@ def probe_table(lines):
             rows.append([title, sensors, f"{fraction:.0%}", *(cell(column(part, key)) for part in tasks for key in
                                                             ("average", "overall")), max(map(len, tasks))])
     header = ["features", "sensors", "labels", "single average", "OA", "multi average", "O-F1", "seeds"]
-    return markdown(header, rows) if rows else "Missing: no such results.\n"
+    return markdown(header, rows) if rows else "No results.\n"
 
 
 def t_quantile(df, probability=0.975):
-    """Quantile of Student's t distribution, by summing its density."""
-    x = np.linspace(0, 1000, 2_000_001)
-    density = np.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2) - (df + 1) / 2 * np.log1p(x * x / df))
-    return x[np.searchsorted(np.cumsum(density) * x[1] / math.sqrt(df * math.pi), probability - 0.5)]
+    """Quantile of Student's t distribution, by summing its density over angles, t = tan(angle)."""
+    step = math.pi / 2 / 200_000
+    t = np.tan((np.arange(200_000) + 0.5) * step)
+    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(df * math.pi)
+    density = constant * (1 + t * t) * (1 + t * t / df) ** (-(df + 1) / 2)
+    return t[np.searchsorted(np.cumsum(density) * step, probability - 0.5)]
+
+
+def welch(x, y):
+    """Difference of the means of two samples and half its 95 % interval (Welch), infinite for a sample of one."""
+    if min(len(x), len(y)) < 2:
+        return np.mean(x) - np.mean(y), math.inf
+    u, v = np.var(x, ddof=1) / len(x), np.var(y, ddof=1) / len(y)
+    df = (u + v) ** 2 / (u**2 / (len(x) - 1) + v**2 / (len(y) - 1)) if u + v else 1
+    return np.mean(x) - np.mean(y), t_quantile(df) * math.sqrt(u + v)
 
 
 def compare(lines, one, other):
-    """Difference of two methods' averages with its 95 % interval over seeds (Welch), as Markdown."""
+    """Difference of two methods' averages with its 95 % interval over seeds, as Markdown."""
     rows = []
-    for task in ("single", "multi"):
-        chosen = [line for line in lines if line["task"] == task and line["label_fraction"] == 1]
-        for protocol, part in (("fine-tuned", [line for line in chosen if line["protocol"] != "linear"]),
-                               ("linear", [line for line in chosen if line["protocol"] == "linear"])):
-            named = table_rows(part)
-            for a, b in ((a, b) for a in named for b in named if (named[a][0]["method"], named[b][0]["method"]) == (one, other)):
-                x, y = (100 * np.array(column(named[t], "average")) for t in (a, b))
-                text = "needs two seeds of each"
-                if min(len(x), len(y)) > 1:
-                    u, v = x.var(ddof=1) / len(x), y.var(ddof=1) / len(y)
-                    df = (u + v) ** 2 / (u**2 / (len(x) - 1) + v**2 / (len(y) - 1)) if u + v else 1
-                    half = t_quantile(df) * math.sqrt(u + v)
-                    low, high = x.mean() - y.mean() - half, x.mean() - y.mean() + half
-                    text = f"{low:+.1f} to {high:+.1f}" + (", could be none" if low <= 0 <= high else "")
-                rows.append([a, b, task, protocol, f"{x.mean() - y.mean():+.1f}", text, f"{len(x)} and {len(y)}"])
+    lines = [line for line in lines if line["label_fraction"] == 1 and line.get("sensors", "both") == "both"]
+    for task, linear in itertools.product(("single", "multi"), (False, True)):
+        part = [line for line in lines if line["task"] == task and (line["protocol"] == "linear") == linear]
+        ours, theirs = (table_rows([line for line in part if line["method"] == method]) for method in (one, other))
+        for a, b in itertools.product(ours, theirs):
+            x, y = (100 * np.array(column(found, "average")) for found in (ours[a], theirs[b]))
+            middle, half = welch(x, y)
+            text = f"{middle - half:+.1f} to {middle + half:+.1f}" + (", could be none" if abs(middle) <= half else "")
+            rows.append([a, b, task, "linear" if linear else "fine-tuned", f"{middle:+.1f}",
+                         text if half < math.inf else "needs two seeds of each", f"{len(x)} and {len(y)}"])
     if not rows:
         raise data.DataError(f"--compare {one} {other}: no results of both in one table")
     header = ["", "against", "task", "", "difference of averages, points", "95 % interval (Welch)", "seeds"]
@@ -385,17 +436,15 @@ def compare(lines, one, other):
 
 
 def as_csv(lines):
-    """Every number of the tables and the figure: one line per row, protocol, task, share of labels and metric."""
-    text = "row,method,protocol,sensors,task,label_fraction,metric,mean,sd,seeds\n"
-    groups = {(line["protocol"], line.get("sensors", ""), line["task"], line["label_fraction"]) for line in lines}
-    for group in sorted(groups):
-        part = [line for line in lines if (line["protocol"], line.get("sensors", ""), line["task"], line["label_fraction"]) == group]
-        for title, found in table_rows(part).items():
-            for key, name in ((*enumerate(CLASSES), ("average", "average"), ("overall", "overall"))):
-                values = np.array([v for v in column(found, key) if v is not None])
-                if len(values):
-                    sd = f"{values.std(ddof=1):.6f}" if len(values) > 1 else ""
-                    text += f'"{title}",{found[0]["method"]},{",".join(map(str, group))},{name},{values.mean():.6f},{sd},{len(values)}\n'
+    """Every number of every run, one per line."""
+    keys = ("method", "protocol", "baseline", "probe", "sensors", "checkpoint", "data", "task", "label_fraction", "seed",
+            "simulated")
+    text = ",".join((*keys, "metric", "value")) + "\n"
+    for line in lines:
+        run = ",".join(str(line[key]) if line.get(key) is not None else "" for key in keys)
+        for key, name in ((*enumerate(CLASSES), ("average", "average"), ("overall", "overall"))):
+            value, = column([line], key)
+            text += f"{run},{name},{'' if value is None else value}\n"
     return text
 
 
@@ -415,10 +464,11 @@ def draw_fractions(lines, out, simulated):
         marker, colour = MARKERS[found[0]["method"]]
         x = sorted({line["label_fraction"] for line in found})
         y = [[100 * line["average"] for line in found if line["label_fraction"] == fraction] for fraction in x]
-        axis.errorbar([100 * v for v in x], [np.mean(v) for v in y], [np.std(v, ddof=1) if len(v) > 1 else 0 for v in y],
-                      color=colour, marker=marker, ms=5, lw=1.2, capsize=3, label=title)
+        sd = [np.std(v, ddof=1) if len(v) > 1 else 0 for v in y]
+        axis.errorbar([100 * v for v in x], [np.mean(v) for v in y], sd, color=colour, marker=marker, ms=5, lw=1.2,
+                      capsize=3, label=title)
     axis.set(xscale="log", xlabel="labelled training data, %", ylabel="average accuracy, %", xticks=(1, 10, 50, 100),
-             xticklabels=("1", "10", "50", "100"), title="SIMULATED data" if simulated else "Single-label classification")
+             xticklabels=("1", "10", "50", "100"), title=f"{'SIMULATED data, s' if simulated else 'S'}ingle-label")
     axis.minorticks_off()
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=7, frameon=False)
@@ -432,12 +482,13 @@ def draw_confusion(title, lines, out, simulated):
     share = count / np.maximum(count.sum(1, keepdims=True), 1)
     figure, axis = new_figure(figsize=(5, 4.6))
     axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for row, column_ in np.ndindex(*share.shape):
-        if count[row].any():
-            axis.text(column_, row, f"{100 * share[row, column_]:.0f}", ha="center", va="center", fontsize=8,
-                      color="white" if share[row, column_] > 0.5 else "black")
-    axis.set(xticks=range(8), yticks=range(8), yticklabels=CLASSES, xlabel="predicted", ylabel="true, % of row",
-             title=f"{'SIMULATED data, ' if simulated else ''}{title}, {len(lines)} seeds")
+    for true, predicted in np.ndindex(*share.shape):
+        if count[true].any():
+            axis.text(predicted, true, f"{100 * share[true, predicted]:.0f}", ha="center", va="center", fontsize=8,
+                      color="white" if share[true, predicted] > 0.5 else "black")
+    axis.set(xticks=range(8), yticks=range(8), yticklabels=CLASSES, xlabel="predicted", ylabel="true, % of row")
+    title = f"{'SIMULATED data, ' if simulated else ''}{title}, {len(lines)} seed{'s' * (len(lines) > 1)}"
+    axis.set_title(title, fontsize=9, wrap=True)
     axis.set_xticklabels(CLASSES, rotation=45, ha="right")
     figure.tight_layout()
     figure.savefig(out, dpi=110)
@@ -449,7 +500,7 @@ def report(args):
     lines = Results(folder).read() if folder.is_dir() else []
     if not lines:
         raise data.DataError(f"{folder}/results.jsonl: no results there; linear_eval.py and finetune.py write them")
-    simulated, written = any(line["simulated"] for line in lines), [f"tables.{args.format}", "label_fraction.png"]
+    simulated, written = any(line["simulated"] for line in lines), [f"tables.{args.format}"]
     linear = [line for line in lines if line["protocol"] == "linear"]
     one_missing = {line["method"] for line in linear if line["sensors"] != "both"}
     if args.format == "csv":
@@ -457,7 +508,7 @@ def report(args):
     else:
         title = "# SIMULATED data: these numbers say nothing about the methods\n" if simulated else \
             "# Results beside the poster (Scheibenreif, Mommert, Borth 2022)\n"
-        note = "Mean ± standard deviation over seeds; best average bold; `-`: the class does not occur in the test data.\n"
+        note = "Mean ± standard deviation over seeds; best average bold; `-`: no such number.\n"
         parts = [title, note, main_table(lines, "single", simulated), main_table(lines, "multi", simulated),
                  "## Frozen encoders, linear classifier, %\n",
                  probe_table([line for line in linear if line["sensors"] == "both"])]
@@ -468,25 +519,91 @@ def report(args):
         text = "\n".join(parts)
     print(text)
     (folder / written[0]).write_text(text)
-    tuned = [line for line in lines if line["task"] == "single" and
-             (line["protocol"] == "finetune") == models.METHODS[line["method"]]["pretrained"] and line["protocol"] != "linear"]
-    draw_fractions([line for line in tuned if line["method"] in MARKERS], folder / written[1], simulated)
+    tuned = [line for line in lines if line["task"] == "single" and row_title(line) in TITLES.values() and
+             line["protocol"] != "linear"]
+    fractions = [line for line in tuned if line["method"] in MARKERS]
+    if fractions:
+        written.append("label_fraction.png")
+        draw_fractions(fractions, folder / written[-1], simulated)
     for title, found in table_rows([line for line in tuned if line["label_fraction"] == 1]).items():
-        name = f"confusion_{title.lower().replace(' ', '_').translate(dict.fromkeys(map(ord, '()[],'))).replace('.', '')}.png"
-        draw_confusion(title, found, folder / name, simulated)
-        written.append(name)
+        written.append(f"confusion_{re.sub('[^a-z0-9]+', '_', title.lower()).strip('_')}.png")
+        draw_confusion(title, found, folder / written[-1], simulated)
     print(f"wrote {', '.join(written)} in {folder}")
+
+
+# ---------------------------------------------------------------------------------------------- encoders at work
+
+def embed(args, content):
+    """--embed: each sensor's embedding of every patch, the mean over the crops that cover it, with ids and labels."""
+    patches = open_for(args, content)
+    encoders, scaling = models.load_encoders(content)
+    found = extract(encoders, scaling, patches, np.arange(len(patches)), args)
+    arrays = {name: found[name].reshape(len(patches), -1, encoders[name].features).mean(1) for name in encoders}
+    arrays |= {"ids": np.array(patches.ids), "simulated": np.array(patches.simulated or content["simulated"])}
+    save_arrays(args.embed, arrays if patches.labels is None else {**arrays, "labels": patches.labels})
+    print(f"wrote {args.embed}: {', '.join(f'{name} {array.shape}' for name, array in arrays.items() if array.ndim)}")
+
+
+@torch.no_grad()
+def retrieve(args, content):
+    """--retrieve: for a dozen Sentinel-1 patches a picture of the five Sentinel-2 patches nearest to each, by the
+    centre crops of at most 1,000 patches of the split `test`, or where there is none of all."""
+    if models.METHODS[content["method"]]["inputs"] != ("s1", "s2"):
+        raise models.CheckpointError(f"{args.checkpoint}: {content['method']} does not embed both sensors: no --retrieve")
+    args.cache = None  # the bands that the picture shows are not always those that the encoders see
+    patches, device = open_for(args, content), torch.device(args.device)
+    model = models.Contrastive(content["method"], content["bands"], content["arch"])
+    model.encoders, scaling = models.load_encoders(content)
+    for name in model.heads:
+        if content["heads"]:
+            model.heads[name].load_state_dict(content["heads"][name])
+        else:
+            model.heads[name] = nn.Identity()
+    model, (top, left) = model.to(device).eval(), ((side - args.crop) // 2 for side in patches.size)
+    held_out = np.flatnonzero(patches.splits == "test")
+    rows = held_out if len(held_out) else np.arange(len(patches))
+    rows, embeddings = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)], []
+    for part in np.array_split(rows, math.ceil(len(rows) / args.batch_size)):
+        s1, s2, _ = patches.crops(part, [top] * len(part), [left] * len(part), args.crop)
+        with models.autocast(args.precision, device):
+            embeddings.append(model(*data.to_input(s1.to(device), s2.to(device), **scaling)))
+    similarity = model.similarity(*(torch.cat(part) for part in zip(*embeddings)))
+    nearest, found = similarity.topk(min(5, len(rows)), 1).indices.tolist(), models.retrieval(similarity)
+    patches.select(patches.index["bands"])
+    y, x = slice(top, top + args.crop), slice(left, left + args.crop)
+    queries = np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))
+    figure, axes = new_figure(6, len(queries), figsize=(1.1 * len(queries) + 0.6, 7.4), squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    for query, column_ in zip(queries, axes.T):
+        column_[0].imshow(patches.window(rows[query], y, x)[0][0] / 100, cmap="gray", vmin=-25, vmax=0)
+        for axis, candidate in zip(column_[1:], nearest[query]):
+            axis.imshow(data.true_colour(patches.window(rows[candidate], y, x)[1]))
+            if candidate == query:
+                axis.spines[:].set(color="#00c853", linewidth=4)
+    for axis, name in zip(axes[:, 0], ("Sentinel-1 VV", "nearest", "2nd", "3rd", "4th", "5th")):
+        axis.set_ylabel(name, fontsize=8)
+    simulated = "SIMULATED data, " if patches.simulated or content["simulated"] else ""
+    title = f"{simulated}{TITLES[content['method']]}: the Sentinel-2 patches nearest to a Sentinel-1 patch, the right " \
+            f"one framed\n{len(rows)} candidates{' of the split test' if len(held_out) else ''}, " \
+            f"top-1 {found['top1']:.0%}, top-5 {found['top5']:.0%}, median rank {found['median']:g}"
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(args.retrieve, dpi=110)
+    print(f"wrote {args.retrieve}: {title.splitlines()[1]}")
 
 
 # ---------------------------------------------------------------------------------------------- command line
 
 def add_evaluation_options(add):
     """What linear_eval.py and finetune.py ask for alike."""
+    add("--method", choices=TITLES, help="default: the checkpoint's, else d-simclr")
     add("--data", default="datasets/dfc2020", help="store or tree with labels (default %(default)s)")
     add("--task", nargs="+", default=["single"], choices=("single", "multi"))
     add("--label-fraction", type=share, nargs="+", default=[1.0], help="share of the labelled patches, e.g. 0.01 0.1 1")
-    add("--label-sampling", default="patches", choices=("patches", "rows"), help="rows: after the repeats, as published")
+    add("--label-sampling", default="patches", choices=("patches", "rows"), help="rows: after repeating, as published")
     add("--seeds", type=int, default=5, help="runs, with seeds 0, 1, ... (default %(default)s)")
+    add("--batch-size", type=int, default=100, help="crops (default %(default)s)")
     add("--crop", type=int, help="side of the crops, px (default: that of pretraining, else 128)")
     add("--scale", choices=data.SCALES, help="network input (default: that of pretraining, else patch-max)")
     add("--bands", nargs="+", help="only these, by name, e.g. VV VH B2 B3 B4 (default: those of pretraining, else all)")
@@ -504,30 +621,41 @@ def share(text):
     return value
 
 
+def open_for(args, content):
+    """Open --data for a checkpoint's content, or {} -> Patches. --method, --arch, --scale, --bands and --crop become
+    the checkpoint's, or the published ones; raises CheckpointError where something else was asked for."""
+    held = {key: content[key] for key in ("method", "arch", "scale")} if content else {}
+    if content:
+        held["bands"] = [*content["bands"]["s1"], *content["bands"]["s2"]]
+    for key, value in held.items():
+        asked = getattr(args, key, None)
+        if asked not in (None, value):
+            value, asked = (" ".join(v) if key == "bands" else v for v in (value, asked))
+            raise models.CheckpointError(f"{args.checkpoint}: holds {key} {value}, not --{key} {asked}")
+    for key, usual in (("method", "d-simclr"), ("arch", "resnet18"), ("scale", "patch-max"), ("bands", None)):
+        setattr(args, key, held.get(key) or getattr(args, key, None) or usual)
+    args.bands = args.bands or models.METHODS[args.method].get("bands")
+    args.crop = args.crop or content.get("args", {}).get("crop", 128)
+    return data.open_data(args.data, args.bands, args.cache, args.workers, args.device)
+
+
 def open_labelled(args, content):
-    """Open --data for a checkpoint's content, or {} -> (Patches, training rows, test rows, scaling for data.to_input);
-    settles --crop. Raises DataError or CheckpointError where they do not go together."""
-    method, asked = content.get("method", args.method), args.bands
-    bands = content["bands"]["s1"] + content["bands"]["s2"] if content else asked or models.METHODS[method].get("bands")
-    for option, value, trained in (("--scale", args.scale, content.get("scale")), ("--bands", asked, content and bands)):
-        if content and value not in (None, trained):
-            raise models.CheckpointError(f"{args.checkpoint}: was trained with {option} {trained}, not {value}")
-    patches = data.open_data(args.data, bands, args.cache, args.workers, args.device)
+    """open_for() -> (Patches, training rows, test rows, scaling for data.to_input); raises DataError without labels."""
+    patches = open_for(args, content)
+    labels = np.full(len(patches), IGNORE) if patches.labels is None else patches.labels
     train, test = (np.flatnonzero(patches.splits == split) for split in ("validation", "test"))
-    if patches.labels is None or not (patches.labels[train] != IGNORE).any() or not len(test):
-        raise data.DataError(f"{args.data}: needs labelled patches of the splits `validation` (trained on) and `test`; it "
-                             f"has {len(train)} and {len(test)}{' without labels' if patches.labels is None else ''}")
-    counts = np.bincount(patches.labels[train], minlength=IGNORE + 1)[:len(CLASSES)]
+    if not all((labels[rows] != IGNORE).any() for rows in (train, test)):
+        raise data.DataError(f"{args.data}: needs labelled patches of the splits `validation` (trained on) and `test`; "
+                             f"it has {len(train)} and {len(test)}{' without labels' if patches.labels is None else ''}")
+    counts = np.bincount(labels[train], minlength=IGNORE + 1)[:len(CLASSES)]
     if not counts.all():
         print("no training patch of", ", ".join(name for name, count in zip(CLASSES, counts) if not count))
     for fraction in args.label_fraction:
         few = [name for name, count in zip(CLASSES, counts) if count and round(fraction * count) < 1]
         if few and args.label_sampling == "patches":
             print(f"{fraction:.1%} of {', '.join(few)} is less than one patch: one of each is used")
-    args.crop = args.crop or content.get("args", {}).get("crop", 128)
-    scaling = {"scale": content.get("scale") or args.scale or "patch-max",
-               "stats": content["stats"] if content else patches.stats({"validation"})}
-    return patches, train, test, scaling
+    stats = content["stats"] if content else patches.stats({"validation"})
+    return patches, train, test, {"scale": args.scale, "stats": stats}
 
 
 def arguments():
@@ -537,16 +665,48 @@ def arguments():
     add("--format", default="md", choices=("md", "csv"), help="of --report")
     add("--compare", nargs=2, choices=TITLES, metavar="METHOD", help="with --report: difference of two rows")
     add("--checkpoint", help="pretrained encoders: last.pt of a run, or the file released with the paper")
-    add("--baseline", choices=("random", "bands"), help="instead: untrained encoders of --method, or per-band mean and sd")
-    add("--method", default="d-simclr", choices=TITLES, help="of --baseline (default %(default)s)")
+    add("--baseline", choices=("random", "bands"), help="instead: untrained encoders, or mean and sd of each band")
+    add("--embed", metavar="OUT.npz", help="write embeddings of all patches of --data, and stop")
+    add("--retrieve", metavar="OUT.png", help="picture of the S2 patches nearest to some S1 patches, and stop")
     add("--sensors", default="both", choices=("both", "s1", "s2"), help="use only this sensor's encoder")
     add("--probe", default="linear", choices=("linear", "knn"), help="knn: 20 nearest by cosine, nothing to fit")
-    add("--batch-size", type=int, default=100, help="crops per forward pass (default %(default)s)")
     add_evaluation_options(add)
     args = parser.parse_args()
     if not args.report and (args.checkpoint is None) == (args.baseline is None):
         parser.error("give either --checkpoint or --baseline (or --report DIR)")
+    if (args.embed or args.retrieve) and not args.checkpoint:
+        parser.error("--embed and --retrieve need --checkpoint")
     return args
+
+
+def evaluate(args, content):
+    """Probe the encoders of a checkpoint's content, or of --baseline: a result line per seed, task and fraction."""
+    patches, train_rows, test_rows, scaling = open_labelled(args, content)
+    inputs, identity = models.METHODS[args.method]["inputs"], file_hash(args.checkpoint) if content else None
+    names = [name for name in inputs if args.sensors in ("both", name)]
+    if not names:
+        raise data.DataError(f"--sensors {args.sensors}: {TITLES[args.method]} has no such encoder")
+    settings = {"crop": args.crop, "scale": args.scale, "label_sampling": args.label_sampling,
+                "precision": args.precision, "bands": patches.bands}
+    fixed = {"method": args.method, "protocol": "linear", "probe": args.probe, "baseline": args.baseline,
+             "sensors": args.sensors, "checkpoint": identity, "data": data_hash(patches), "args": settings}
+    results, labels = Results(args.results), patches.labels[train_rows]
+    for seed in range(args.seeds):
+        runs = [{**fixed, "task": task, "label_fraction": fraction, "seed": seed}
+                for task in args.task for fraction in args.label_fraction]
+        runs = [run for run in runs if not results.has(run)]
+        if not runs:
+            continue
+        torch.manual_seed(seed)
+        encoders = nn.ModuleDict({name: BandStatistics() for name in inputs}) if args.baseline == "bands" else \
+            models.load_encoders(content)[0] if content else models.make_encoders(args.method, patches.bands).eval()
+        name = identity or [args.baseline, args.method, seed * (args.baseline == "random")]
+        train, test = (features_of(encoders, scaling, patches, rows, args, name) for rows in (train_rows, test_rows))
+        train["row"] = np.searchsorted(train_rows, train["row"])  # place among the training patches
+        for run in tqdm(runs, desc=f"probes, seed {seed}", unit="probe", leave=False, delay=1):
+            chosen = training_rows(labels, run["label_fraction"], seed, args.label_sampling)
+            scores, counts = probe(train, test, names, run["task"], chosen, labels, seed, args)
+            results.add(run, scores, counts=counts, simulated=patches.simulated or content.get("simulated", False))
 
 
 def main():
@@ -554,32 +714,12 @@ def main():
     if args.report:
         return report(args)
     content = models.load_checkpoint(args.checkpoint) if args.checkpoint else {}
-    method, identity = content.get("method", args.method), file_hash(args.checkpoint) if content else None
-    patches, train_rows, test_rows, scaling = open_labelled(args, content)
-    inputs = models.METHODS[method]["inputs"]
-    names = inputs if args.sensors == "both" else [name for name in inputs if name == args.sensors]
-    if not names:
-        raise data.DataError(f"--sensors {args.sensors}: {TITLES[method]} has no such encoder")
-    settings = {"crop": args.crop, "scale": scaling["scale"], "label_sampling": args.label_sampling,
-                "precision": args.precision, "bands": patches.bands}
-    results, labels, source = Results(args.results), patches.labels[train_rows], data_hash(patches)
-    for seed in range(args.seeds):
-        runs = [{"method": method, "protocol": "linear", "probe": args.probe, "baseline": args.baseline, "task": task,
-                 "sensors": args.sensors, "label_fraction": fraction, "seed": seed, "checkpoint": identity, "data": source,
-                 "args": settings} for task in args.task for fraction in args.label_fraction]
-        runs = [run for run in runs if not results.has(run)]
-        if not runs:
-            continue
-        torch.manual_seed(seed)
-        encoders = nn.ModuleDict({name: BandStatistics() for name in inputs}) if args.baseline == "bands" else \
-            models.load_encoders(content)[0] if content else models.make_encoders(method, patches.bands).eval()
-        name = identity or [args.baseline, method, seed * (args.baseline == "random")]
-        train, test = (features_of(encoders, scaling, patches, rows, args, name) for rows in (train_rows, test_rows))
-        train["row"] = np.searchsorted(train_rows, train["row"])  # place among the training patches
-        for run in runs:
-            chosen = training_rows(labels, run["label_fraction"], seed, args.label_sampling)
-            scores, counts = probe(train, test, names, run["task"], chosen, labels, seed, args)
-            results.add(run, scores, counts=counts, simulated=patches.simulated or content.get("simulated", False))
+    if args.embed:
+        embed(args, content)
+    if args.retrieve:
+        retrieve(args, content)
+    if not args.embed and not args.retrieve:
+        evaluate(args, content)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
     from models import load_encoders, nt_xent, mma_similarity, info_nce
     encoders, scaling = load_encoders("runs/d-simclr/last.pt")      # {"s1": module, "s2": module}, for data.to_input
+    python models.py export runs/d-simclr/last.pt OUT/              # plain torchvision state_dicts and a card
 
 This file can be copied alone; it needs torch and torchvision.
 """
+import argparse
+import hashlib
+import json
 import os
-import zipfile
+import re
+import sys
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +44,7 @@ class CheckpointError(Exception):
 # ---------------------------------------------------------------------------------------------- networks
 
 def resnet(arch, bands):
-    """torchvision's `resnet18` or `resnet50` for (N, bands, h, w) input, random weights -> (N, 512 or 2048) features."""
+    """torchvision's `resnet18` or `resnet50` for (N, bands, h, w) input, random weights; gives (N, 512 or 2048)."""
     network = {"resnet18": resnet18, "resnet50": resnet50}[arch](weights=None)
     network.conv1 = nn.Conv2d(bands, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
@@ -116,7 +120,9 @@ class Contrastive(nn.Module):
         if self.method == "simclr-rgb":  # one pass, so that batch norm sees both augmentations together
             return self.heads["s2"](self.encoders["s2"](torch.cat((a, b)))).float().chunk(2)
         a, b = self.encoders["s1"](a), self.encoders["s2"](b)
-        return (a.float(), b.float()) if self.method == "mma" else (self.heads["s1"](a).float(), self.heads["s2"](b).float())
+        if self.method != "mma":
+            a, b = self.heads["s1"](a), self.heads["s2"](b)
+        return a.float(), b.float()
 
     def loss(self, a, b, temperature, first=0, n=None):
         """Loss of the n places from `first` on (default all of them) among the embeddings of all N places."""
@@ -165,7 +171,7 @@ def nt_xent(z1, z2, temperature, first=0, n=None):
     own = torch.arange(first, first + n, device=z.device)
     own, partner = torch.cat((own, own + places)), torch.cat((own + places, own))
     logits = (z if n == places else z[own]) / temperature @ z.T  # (2n, 2N)
-    logits.scatter_(1, own[:, None], float("-inf"))  # in place: a (2N)^2 copy less
+    logits.detach().scatter_(1, own[:, None], float("-inf"))  # in place and off the graph, where its gradient is zero
     return F.cross_entropy(logits, partner)
 
 
@@ -194,17 +200,25 @@ def info_nce(similarity, temperature, columns=None, first=0):
 @torch.no_grad()
 def retrieval(similarity):
     """(N, N) similarity of queries to candidates, the right one on the diagonal -> {"top1", "top5": shares, "median":
-    rank of the right one, 1 is best}. Of equals the right one counts as last, so a collapsed encoder scores nothing."""
-    rank = (similarity >= similarity.diagonal()[:, None]).sum(1).float()
+    rank of the right one, 1 is best}. Of equals the right one counts as last, and NaN is never found, so a collapsed
+    encoder scores nothing."""
+    rank = len(similarity) - (similarity < similarity.diagonal()[:, None]).sum(1).float()
     return {"top1": (rank <= 1).float().mean().item(), "top5": (rank <= 5).float().mean().item(),
             "median": rank.quantile(0.5).item()}
 
 
 # ---------------------------------------------------------------------------------------------- checkpoints
+# A checkpoint is a dict: format, method, arch, bands {"s1", "s2": names in order}, scale, stats {"s1", "s2": {"mean",
+# "std"}}, simulated, args, encoders and heads {"s1", "s2": state_dict}, versions; from pretrain.py also epoch, step,
+# optimizer, random, retrieval, data. No pickle in a file is ever executed.
+
+RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "scale": "patch-max", "stats": None,
+            "simulated": False, "heads": {}, "args": {}}  # what the weights released with the paper do not say
+
 
 def save_checkpoint(path, model, **content):
     """Write a Contrastive model and whatever else a checkpoint holds; the file before it is kept as `previous.pt`.
-    The file is there whole or not at all."""
+    The file is there whole or not at all, and one of the two always is. Raises CheckpointError."""
     path = Path(path)
     content = {"format": CHECKPOINT_FORMAT, **content,
                "encoders": {name: encoder.state_dict() for name, encoder in model.encoders.items()},
@@ -218,58 +232,130 @@ def save_checkpoint(path, model, **content):
             os.fsync(handle.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: cannot be written ({error}); the checkpoint before it is kept. Free space and "
-                              "start the same command again") from None
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be written ({reason}); the one before it is kept. Free space and start "
+                              "the same command again") from None
     if path.exists():
         path.replace(path.with_name("previous.pt"))
     temporary.replace(path)
 
 
 def load_checkpoint(path):
-    """-> the dict of a checkpoint of this project, or of the weights released with the paper, on the CPU. Nothing in
-    the file is executed. Raises CheckpointError."""
+    """-> the content of a checkpoint of this project, or of the weights released with the paper in the same form, on
+    the CPU. Raises CheckpointError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; python pretrain.py writes it") from None
-    except UnpicklingError:
-        raise CheckpointError(f"{path}: holds code or objects, not only weights; it was not read, since reading it would "
-                              "run that code") from None
-    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({str(error).splitlines()[0][:80]})") from None
-    if isinstance(content, dict) and content.get("format") == CHECKPOINT_FORMAT:
-        return content
-    if isinstance(content, dict) and "state_dict" in content:
-        return released_resnets(path, content["state_dict"])
-    if isinstance(content, dict) and "s1_model_weights" in content:
+    except Exception as error:  # a foreign file can raise anything in the unpickler
+        if needs := re.search(r"GLOBAL (\S+)", str(error)):
+            raise CheckpointError(f"{path}: holds code or objects ({needs[1]}), not only weights; it was not read, "
+                                  "since that would run code from the file") from error
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        content = {}
+    if isinstance(content.get("state_dict"), dict):  # the authors' ResNets: backbone1.* is S1, backbone2.* is S2
+        encoders = {sensor: {key.removeprefix(prefix): value for key, value in content["state_dict"].items()
+                             if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")}  # fc.*: the heads
+                    for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2."))}
+        arch = "resnet50" if "layer1.0.conv3.weight" in encoders["s1"] else "resnet18"
+        content = {**RELEASED, "method": "d-simclr", "arch": arch, "encoders": encoders}
+    elif "s1_model_weights" in content and "s2_model_weights" in content:
         encoders = {"s1": content["s1_model_weights"], "s2": content["s2_model_weights"]}
-        return {**RELEASED, "method": "mma", "encoders": encoders}
-    raise CheckpointError(f"{path}: neither a checkpoint of this version nor weights released with the paper")
+        content = {**RELEASED, "method": "mma", "encoders": encoders}
+    elif content.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{path}: neither a checkpoint of this version nor weights released with the paper")
+    refuse_unfit(path, content)
+    return content
 
 
-RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "scale": "patch-max", "stats": None,
-            "simulated": False, "heads": {}, "epoch": None, "args": {}}
+def refuse_unfit(path, content):
+    """Raise CheckpointError where weights or a statistic are missing, or do not fit the bands that are named."""
+    if missing := [key for key in ("method", "bands", "encoders", *RELEASED) if key not in content]:
+        raise CheckpointError(f"{path}: a checkpoint without {', '.join(missing)}")
+    for sensor in METHODS[content["method"]]["inputs"]:
+        bands, weights = content["bands"][sensor], content["encoders"].get(sensor, {})
+        first = weights.get("conv1.weight", weights.get("convs1.layers.0.weight"))
+        if first is None:
+            raise CheckpointError(f"{path}: no weights for {sensor}")
+        takes = first.shape[1]
+        if takes != len(bands):
+            raise CheckpointError(f"{path}: the weights for {sensor} take {takes} bands, not the {len(bands)} that it "
+                                  f"names: {' '.join(bands)}")
+        for key in ("mean", "std") if content["scale"] == "standard" else ():
+            if len(((content["stats"] or {}).get(sensor) or {}).get(key) or ()) != len(bands):
+                raise CheckpointError(f"{path}: scale `standard` without the {key} of every band of {sensor}")
 
 
-def released_resnets(path, weights):
-    """The authors' D-SimCLR file: backbone1.* is Sentinel-1, backbone2.* Sentinel-2, heads under fc."""
-    encoders = {sensor: {key.removeprefix(prefix): value for key, value in weights.items()
-                         if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")}
-                for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2."))}
-    if not all(encoders.values()):
-        raise CheckpointError(f"{path}: no backbone1.* and backbone2.* weights in its state_dict")
-    arch = "resnet50" if "layer1.0.conv3.weight" in encoders["s1"] else "resnet18"
-    return {**RELEASED, "method": "d-simclr", "arch": arch, "encoders": encoders}
-
-
-def load_encoders(path):
-    """-> (ModuleDict of ready encoders by sensor in eval mode, scaling {"scale", "stats"} for data.to_input, the
-    checkpoint's other content). Raises CheckpointError."""
-    content = load_checkpoint(path) if not isinstance(path, dict) else path
+def load_encoders(checkpoint):
+    """-> (ModuleDict of ready encoders by sensor in eval mode, scaling {"scale", "stats"} for data.to_input).
+    checkpoint: a path, or load_checkpoint's content. Raises CheckpointError."""
+    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     encoders = make_encoders(content["method"], content["bands"], content["arch"])
     for name, encoder in encoders.items():
         try:
             encoder.load_state_dict(content["encoders"][name])
-        except (RuntimeError, KeyError) as error:
-            raise CheckpointError(f"{path}: weights of {name} do not fit {content['arch']}: {error}") from None
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the weights for {name} are not those of {content['arch']}: {reason}") from None
     return encoders.eval(), {"scale": content["scale"], "stats": content["stats"]}
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+UNITS = {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"}
+SCALING = {
+    "patch-max": "S1 clipped to -25..0, plus 25; S2 clipped to 0..10000; then each channel / (its own maximum + 1e-5)",
+    "fixed": "S1 clipped to -25..0, plus 25, / 25; S2 clipped to 0..10000, / 10000",
+    "standard": "(value - mean) / std of the band; missing S1 becomes 0"}
+LOADING = {
+    "resnet": "net = torchvision.models.{arch}(); net.conv1 = torch.nn.Conv2d({bands}, 64, 7, 2, 3, bias=False); "
+              "net.fc = torch.nn.Identity(); net.load_state_dict(torch.load('{name}.pt')); or in the first place "
+              "net = timm.create_model('{arch}', in_chans={bands}, num_classes=0)",
+    "vgg": "net = models.VGG({bands}); net.load_state_dict(torch.load('{name}.pt'))"}
+LICENCE = "Trained on data that contain modified Copernicus Sentinel data, which are free for any use with that notice."
+
+
+def export(checkpoint, out, results=None):
+    """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, and OUT/card.json: all that a user must know.
+    results: results.jsonl of linear_eval.py, whose scores of this checkpoint go on the card. -> the card."""
+    content, out = load_checkpoint(checkpoint), Path(out)
+    encoders, _ = load_encoders(content)
+    identity = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12]  # as in results.jsonl
+    lines = [json.loads(line) for line in Path(results).read_text().splitlines()] if results else []
+    keep = ("protocol", "task", "label_fraction", "seed", "average", "overall")
+    card = {"method": METHODS[content["method"]]["title"], "simulated": content["simulated"],
+            "scale": content["scale"], "scaling": SCALING[content["scale"]], "sensors": {},
+            "data": content.get("data"), "epochs": content.get("epoch"), "retrieval": content.get("retrieval"),
+            "scores": [{key: line[key] for key in keep} for line in lines if line["checkpoint"] == identity],
+            "licence": "simulated data, free" if content["simulated"] else LICENCE,
+            "settings": content["args"], "checkpoint": identity}
+    out.mkdir(parents=True, exist_ok=True)
+    for name, encoder in encoders.items():
+        torch.save({key: value.contiguous() for key, value in encoder.state_dict().items()}, out / f"{name}.pt")
+        bands, load = content["bands"][name], LOADING["vgg" if content["method"] == "mma" else "resnet"]
+        load = load.format(arch=content["arch"], bands=len(bands), name=name)
+        card["sensors"][name] = {"file": f"{name}.pt", "bands": bands, "unit": UNITS[name], "load": load,
+                                 "features": encoder.features, **(content["stats"] or {}).get(name, {})}
+    (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    return card
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("export", help="each encoder as a plain state_dict, and a card")
+    command.add_argument("checkpoint", help="last.pt of a run, or the file released with the paper")
+    command.add_argument("out", help="folder to write")
+    command.add_argument("--results", help="results.jsonl, for its scores of this checkpoint")
+    args = parser.parse_args()
+    try:
+        card = export(args.checkpoint, args.out, args.results)
+    except (CheckpointError, OSError) as error:
+        print(f"models.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"wrote {args.out}/card.json, {', '.join(sensor['file'] for sensor in card['sensors'].values())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,385 @@
+"""Losses against golden values and naive loops, retrieval, checkpoints of every kind, released weights, export."""
+import json
+import os
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+import models
+
+BANDS = {"s1": models.S1_BANDS, "s2": models.S2_BANDS}
+
+
+def relative(value, expected):
+    value, expected = torch.as_tensor(value), torch.as_tensor(expected)
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+@pytest.mark.parametrize("case", range(3))
+def test_nt_xent_equals_the_published_values(shared, case):
+    golden = np.load(shared / "golden/nt_xent.npz")
+    z1, z2 = (torch.from_numpy(golden[f"{name}_{case}"]).requires_grad_() for name in ("z1", "z2"))
+    loss = models.nt_xent(z1, z2, golden[f"temperature_{case}"].item())
+    loss.backward()
+    assert relative(loss.detach(), golden[f"loss_{case}"]) < 1e-9
+    assert relative(z1.grad, golden[f"grad1_{case}"]) < 1e-9
+    assert relative(z2.grad, golden[f"grad2_{case}"]) < 1e-9
+
+
+@pytest.mark.parametrize("case", range(2))
+def test_mma_equals_the_published_values(shared, case):
+    golden = np.load(shared / "golden/mma.npz")
+    m1, m2 = (torch.from_numpy(golden[f"{name}_{case}"]).requires_grad_() for name in ("m1", "m2"))
+    similarity = models.mma_similarity(m1, m2)
+    loss = models.info_nce(similarity, golden[f"temperature_{case}"].item())
+    loss.backward()
+    assert relative(similarity.detach(), golden[f"similarity_{case}"]) < 1e-9
+    assert relative(loss.detach(), golden[f"loss_{case}"]) < 1e-9
+    assert relative(m1.grad, golden[f"grad1_{case}"]) < 1e-9
+    assert relative(m2.grad, golden[f"grad2_{case}"]) < 1e-9
+
+
+def test_nt_xent_equals_its_definition_written_out():
+    z1, z2 = torch.randn(2, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    z, total = [v / v.norm() for v in (*z1, *z2)], 0
+    for i in range(10):
+        others = torch.stack([z[i] @ z[j] / 0.2 for j in range(10) if j != i])
+        total += others.exp().sum().log() - z[i] @ z[(i + 5) % 10] / 0.2
+    assert relative(models.nt_xent(z1, z2, 0.2), total / 10) < 1e-12
+
+
+def test_losses_in_float32_are_stable_at_a_low_temperature():
+    generator = torch.Generator().manual_seed(0)
+    z1 = torch.randn(64, 128, generator=generator)
+    pairs = (z1, z1 + 0.01 * torch.randn(64, 128, generator=generator)), (z1, torch.randn(64, 128, generator=generator))
+    for pair in pairs:
+        for loss_of in (models.nt_xent, lambda a, b, t: models.info_nce(models.mma_similarity(
+                a.view(64, 8, 4, 4), b.view(64, 8, 4, 4)), t)):
+            a, b = (x.clone().requires_grad_() for x in pair)
+            c, d = (x.double().requires_grad_() for x in pair)
+            loss, exact = loss_of(a, b, 0.005), loss_of(c, d, 0.005)
+            loss.backward(), exact.backward()
+            assert abs(loss.item() - exact.item()) < 1e-3 * max(1, exact.item())
+            assert a.grad.isfinite().all() and (a.grad - c.grad).abs().max() < 1e-3 * c.grad.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("method", ["d-simclr", "mma"])
+def test_shares_of_processes_add_up_to_the_whole(method):
+    model = models.Contrastive(method, BANDS)
+    shape = (12, 8, 4, 4) if method == "mma" else (12, 16)
+    a, b = (x.requires_grad_() for x in torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).double())
+    whole = model.loss(a, b, 0.1)
+    shares = sum(model.loss(a, b, 0.1, first=first, n=4) for first in (0, 4, 8)) / 3
+    assert abs(whole.item() - shares.item()) < 1e-12
+    for one, other in zip(torch.autograd.grad(whole, (a, b)), torch.autograd.grad(shares, (a, b))):
+        assert relative(other, one) < 1e-12
+
+
+def test_losses_keep_no_more_than_one_matrix_of_pairs():
+    """What nt_xent saves for its backward pass: the softmax, not masks, indices or copies of the similarities."""
+    saved = []
+    z1, z2 = torch.randn(2, 300, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        loss = models.nt_xent(z1, z2, 0.07)
+    assert {x.numel() for x in saved if x.numel() > 600 * 16} == {600 * 600}
+    assert len({x.data_ptr() for x in saved if x.numel() > 600 * 16}) == 1 and loss.isfinite()
+
+
+def test_mma_similarity_of_a_larger_map_is_the_maximum_over_shifts():
+    m1, m2 = torch.randn(3, 8, 5, 6, dtype=torch.float64), torch.randn(2, 8, 4, 3, dtype=torch.float64)
+    n1, n2 = F.normalize(m1, dim=1), F.normalize(m2, dim=1)
+    for i in range(3):
+        for j in range(2):
+            shifts = [(n1[i, :, y:y + 4, x:x + 3] * n2[j]).sum() / 12 for y in range(2) for x in range(4)]
+            assert torch.isclose(models.mma_similarity(m1, m2)[i, j], max(shifts), rtol=1e-12)
+    with pytest.raises(ValueError, match="exchange them"):
+        models.mma_similarity(m2, m1)
+
+
+def test_one_shift_of_the_correlation_is_the_matrix_product():
+    m1, m2 = torch.randn(2, 4, 8, 3, 3, dtype=torch.float64)
+    shifted = F.conv2d(F.normalize(m1, dim=1), F.normalize(m2, dim=1)).amax((2, 3)) / 9
+    assert torch.allclose(models.mma_similarity(m1, m2), shifted, rtol=1e-12)
+
+
+def test_retrieval_ranks_ties_and_collapse():
+    assert models.retrieval(torch.eye(8)) == {"top1": 1, "top5": 1, "median": 1}
+    ranks = torch.tensor([[3., 1, 2], [5, 4, 0], [9, 8, 7]])  # the right one comes 1st, 2nd, 3rd
+    assert models.retrieval(ranks) == pytest.approx({"top1": 1 / 3, "top5": 1, "median": 2})
+    for collapsed in (torch.ones(10, 10), torch.full((10, 10), float("nan"))):
+        assert models.retrieval(collapsed) == {"top1": 0, "top5": 0, "median": 10}
+    tied = torch.eye(10)
+    tied[0, 1] = 1  # as good as the right one: not found
+    assert models.retrieval(tied)["top1"] == pytest.approx(0.9)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+@pytest.mark.parametrize("method, shapes", [
+    ("only-s1", {"s1": (2, 512)}), ("only-s2", {"s2": (2, 512)}), ("early-fusion", {"s1+s2": (2, 512)}),
+    ("late-fusion", {"s1": (2, 512), "s2": (2, 512)}),
+    ("d-simclr", {"s1": (2, 512), "s2": (2, 512)}),
+    ("mma", {"s1": (2, 256, 4, 4), "s2": (2, 256, 4, 4)})])
+def test_encoders_of_every_method(method, shapes):
+    encoders = models.make_encoders(method, BANDS).eval()
+    s1, s2 = torch.rand(2, 2, 32, 32), torch.rand(2, 13, 32, 32)
+    assert {name: tuple(f.shape) for name, f in models.encode(encoders, s1, s2).items()} == shapes
+    assert models.Classifier(encoders)(s1, s2).shape == (2, 8)
+
+
+def test_stacked_bands_are_s1_then_s2():
+    stacked = models.encode({"s1+s2": nn.Identity()}, torch.zeros(1, 2, 1, 1), torch.ones(1, 3, 1, 1))["s1+s2"]
+    assert stacked.flatten().tolist() == [0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_autocast_can_be_asked_for_any_device(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA here")
+    assert not models.autocast("float32", torch.device(device))._enabled
+    assert models.autocast("bf16", torch.device(device)).fast_dtype == torch.bfloat16
+    models.autocast("auto", torch.device(device))
+
+
+def test_embeddings_are_float32_whatever_the_network_ran_in():
+    model = models.Contrastive("d-simclr", BANDS)
+    with models.autocast("bf16", torch.device("cpu")):
+        assert {z.dtype for z in model(torch.rand(2, 2, 32, 32), torch.rand(2, 13, 32, 32))} == {torch.float32}
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+def write(path, method="mma", **change):
+    torch.manual_seed(0)
+    bands = change.pop("model_bands", BANDS)
+    model = models.Contrastive(method, bands)
+    content = {"method": method, "arch": "resnet18", "bands": BANDS, "scale": "fixed", "stats": None, "simulated": True,
+               "args": {"crop": 32}, **change}
+    models.save_checkpoint(path, model, **content)
+    return model
+
+
+def test_a_checkpoint_gives_the_encoders_back(tmp_path):
+    model = write(tmp_path / "last.pt").eval()
+    encoders, scaling = models.load_encoders(tmp_path / "last.pt")
+    x = torch.rand(2, 13, 32, 32)
+    assert not encoders.training and torch.equal(encoders["s2"](x), model.encoders["s2"](x))
+    assert scaling["scale"] == "fixed" and scaling["stats"] is None
+    first = (tmp_path / "last.pt").read_bytes()
+    write(tmp_path / "last.pt", simulated=False)
+    assert (tmp_path / "previous.pt").read_bytes() == first and not (tmp_path / "last.tmp").exists()
+
+
+class Hostile:
+    def __init__(self, victim):
+        self.victim = str(victim)
+
+    def __reduce__(self):
+        return os.mkdir, (self.victim,)
+
+
+def test_no_pickle_is_executed(tmp_path):
+    victim = tmp_path / "victim"
+    torch.save({"format": 1, "encoders": Hostile(victim)}, tmp_path / "zip.pt")
+    torch.save({"format": 1, "encoders": Hostile(victim)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for protocol in range(6):
+        (tmp_path / f"{protocol}.pt").write_bytes(pickle.dumps(Hostile(victim), protocol))
+    for path in tmp_path.glob("*.pt"):
+        with pytest.raises(models.CheckpointError, match=f"^{path}: .*(mkdir|not a checkpoint)"):
+            models.load_checkpoint(path)
+    assert not victim.exists()
+    with pytest.raises(models.CheckpointError, match="holds code or objects .*mkdir.*would run code"):
+        models.load_encoders(tmp_path / "zip.pt")
+
+
+def test_files_that_are_no_checkpoints_get_one_line(tmp_path):
+    write(tmp_path / "good.pt")
+    good, path = (tmp_path / "good.pt").read_bytes(), tmp_path / "bad.pt"
+    random = np.random.default_rng(0).bytes(5000)
+    for content in (b"", b"hello\nworld\n", random, *(good[:len(good) * k // 20] for k in range(1, 20)), good[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(models.CheckpointError, match="truncated or not a checkpoint") as error:
+            models.load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    for content in ([1, 2], {"format": 99}, {"weights": torch.ones(2)}, torch.ones(3)):
+        torch.save(content, path)
+        with pytest.raises(models.CheckpointError, match="neither a checkpoint of this version nor"):
+            models.load_checkpoint(path)
+    with pytest.raises(models.CheckpointError, match="no such file"):
+        models.load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(models.CheckpointError, match="not a checkpoint"):
+        models.load_checkpoint(tmp_path)
+
+
+STATS = {"s1": {"mean": [0.] * 2, "std": [1.] * 2}, "s2": {"mean": [0.] * 13, "std": [1.] * 13}}
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"bands": {"s1": ["VV", "VH"], "s2": models.RGB}}, "s2 take 13 bands, not the 3 that it names: B4 B3 B2"),
+    ({"scale": "standard"}, "without the mean of every band of s1"),
+    ({"scale": "standard", "stats": {**STATS, "s2": {"mean": [0.] * 13, "std": [1.] * 12}}}, "std of every band of s2")
+])
+def test_weights_that_do_not_fit_the_bands_are_named(tmp_path, change, words):
+    write(tmp_path / "last.pt", **change)
+    with pytest.raises(models.CheckpointError, match=words):
+        models.load_encoders(tmp_path / "last.pt")
+
+
+def test_weights_of_another_network_are_named(tmp_path):
+    write(tmp_path / "last.pt", "d-simclr", arch="resnet50")
+    with pytest.raises(models.CheckpointError, match="weights for s1 are not those of resnet50"):
+        models.load_encoders(tmp_path / "last.pt")
+
+
+def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path):
+    write(tmp_path / "last.pt")
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    for key in ("stats", "bands", "encoders"):
+        torch.save({k: v for k, v in content.items() if k != key}, tmp_path / "bad.pt")
+        with pytest.raises(models.CheckpointError, match=f"without {key}"):
+            models.load_checkpoint(tmp_path / "bad.pt")
+    torch.save({**content, "encoders": {"s1": content["encoders"]["s1"]}}, tmp_path / "bad.pt")
+    with pytest.raises(models.CheckpointError, match="no weights for s2"):
+        models.load_checkpoint(tmp_path / "bad.pt")
+
+
+def test_a_kill_between_the_two_renames_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+    write(tmp_path / "last.pt")
+    whole, names, original = (tmp_path / "last.pt").read_bytes(), [], type(tmp_path).replace
+
+    def replace(path, target):
+        names.append(path.name)
+        if len(names) == 2:
+            raise KeyboardInterrupt
+        return original(path, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "last.pt", simulated=False)
+    assert names == ["last.pt", "last.tmp"] and (tmp_path / "previous.pt").read_bytes() == whole
+
+
+# ---------------------------------------------------------------------------------------------- released weights
+
+def plain_resnet(arch, bands):
+    network = getattr(torchvision.models, arch)(weights=None)
+    network.conv1 = nn.Conv2d(bands, 64, 7, 2, 3, bias=False)
+    for module in network.modules():  # statistics as of a trained network
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1), module.running_var.uniform_(0.5, 2)
+    return network
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_released_resnets_load_like_a_checkpoint(tmp_path, arch):
+    s1, s2 = networks = [plain_resnet(arch, bands).eval() for bands in (2, 13)]
+    weights = {}
+    for number, network in enumerate(networks, 1):
+        width = network.fc.in_features
+        network.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))
+        weights |= {f"backbone{number}.{key}": value for key, value in network.state_dict().items()}
+        network.fc = nn.Identity()
+    torch.save({"epoch": 199, "state_dict": weights}, tmp_path / "released.pth")
+    content = models.load_checkpoint(tmp_path / "released.pth")
+    encoders, scaling = models.load_encoders(content)
+    assert (content["method"], content["arch"], content["bands"]) == ("d-simclr", arch, BANDS)
+    assert content["args"] == {} and not content["simulated"] and scaling["scale"] == "patch-max"
+    x1, x2 = torch.rand(2, 2, 64, 64), torch.rand(2, 13, 64, 64)
+    with torch.inference_mode():
+        assert (encoders["s1"](x1) - s1(x1)).abs().max() < 1e-6
+        assert (encoders["s2"](x2) - s2(x2)).abs().max() < 1e-6
+
+
+def test_released_mma_weights_load_like_a_checkpoint(tmp_path):
+    state, networks = {}, {}
+    for sensor, bands in (("s1", 2), ("s2", 13)):
+        layers, widths = [], (bands, 64, 128, 256, 256)
+        for k in range(4):
+            block = [nn.Conv2d(widths[k], widths[k + 1], 3, padding=1), nn.BatchNorm2d(widths[k + 1]), nn.ReLU(),
+                     nn.Conv2d(widths[k + 1], widths[k + 1], 3, padding=1), nn.BatchNorm2d(widths[k + 1]), nn.ReLU()]
+            layers += [*block, nn.MaxPool2d(2)] if k < 3 else block
+            for at in (0, 1, 3, 4):
+                state |= {f"{sensor}_model_weights/convs{k + 1}.layers.{at}.{key}": value
+                          for key, value in block[at].state_dict().items()}
+        networks[sensor] = nn.Sequential(*layers).eval()
+    torch.save({name: {key.split("/")[1]: value for key, value in state.items() if key.startswith(name)}
+                for name in ("s1_model_weights", "s2_model_weights")}, tmp_path / "mma.pth")
+    encoders, _ = models.load_encoders(tmp_path / "mma.pth")
+    for sensor, x in (("s1", torch.rand(2, 2, 32, 32)), ("s2", torch.rand(2, 13, 32, 32))):
+        assert (encoders[sensor](x) - networks[sensor](x)).abs().max() < 1e-6
+
+
+def test_a_file_without_both_backbones_is_named(tmp_path):
+    torch.save({"state_dict": {"backbone1.conv1.weight": torch.ones(64, 2, 7, 7)}}, tmp_path / "half.pth")
+    with pytest.raises(models.CheckpointError, match="half.pth: no weights for s2"):
+        models.load_checkpoint(tmp_path / "half.pth")
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Folder with last.pt and what `python models.py export` made of it."""
+    folder = tmp_path_factory.mktemp("export")
+    model = write(folder / "last.pt", "d-simclr", scale="standard", stats=STATS, epoch=7, retrieval={"candidates": 9},
+                  data={"path": "datasets/sen12ms", "pairs": 80}, simulated=False)
+    model.eval()
+    import linear_eval
+    line = {"protocol": "linear", "task": "single", "label_fraction": 1.0, "seed": 0, "average": 0.5, "overall": 0.6,
+            "checkpoint": linear_eval.file_hash(folder / "last.pt")}
+    (folder / "results.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "checkpoint": "other"}) + "\n")
+    return folder, model, models.export(folder / "last.pt", folder / "out", folder / "results.jsonl")
+
+
+def test_exported_weights_load_in_torchvision(exported):
+    folder, model, card = exported
+    for sensor, bands in (("s1", 2), ("s2", 13)):
+        assert f"models.resnet18(); net.conv1 = torch.nn.Conv2d({bands}, 64, 7, 2, 3" in card["sensors"][sensor]["load"]
+        network = plain_resnet("resnet18", bands)
+        network.fc = nn.Identity()
+        network.load_state_dict(torch.load(folder / f"out/{sensor}.pt", weights_only=True), strict=True)
+        x = torch.rand(2, bands, 32, 32)
+        assert torch.equal(network.eval()(x), model.encoders[sensor](x))
+
+
+def test_exported_weights_load_in_timm(exported):
+    timm = pytest.importorskip("timm")
+    folder, model, _ = exported
+    network = timm.create_model("resnet18", in_chans=13, num_classes=0)
+    network.load_state_dict(torch.load(folder / "out/s2.pt", weights_only=True))
+    x = torch.rand(2, 13, 32, 32)
+    assert (network.eval()(x) - model.encoders["s2"](x)).abs().max() < 1e-5
+
+
+def test_the_card_says_what_a_user_must_know(exported):
+    folder, _, _ = exported
+    card = json.loads((folder / "out/card.json").read_text())
+    s1, s2 = (card["sensors"][sensor] for sensor in ("s1", "s2"))
+    assert s2["bands"] == models.S2_BANDS and s1["unit"] == "sigma nought in dB" and s2["std"] == STATS["s2"]["std"]
+    assert card["scale"] == "standard" and "mean" in card["scaling"]
+    assert (card["method"], card["epochs"], card["retrieval"]) == ("D-SimCLR", 7, {"candidates": 9})
+    assert card["data"] == {"path": "datasets/sen12ms", "pairs": 80}
+    assert "modified Copernicus Sentinel data" in card["licence"]
+    assert [line["average"] for line in card["scores"]] == [0.5]
+
+
+def test_export_from_the_command_line(tmp_path, monkeypatch, capsys):
+    write(tmp_path / "last.pt")
+    monkeypatch.setattr(sys, "argv", ["models.py", "export", str(tmp_path / "last.pt"), str(tmp_path / "out")])
+    models.main()
+    assert "card.json, s1.pt, s2.pt" in capsys.readouterr().out
+    network = models.VGG(13)
+    network.load_state_dict(torch.load(tmp_path / "out/s2.pt", weights_only=True))
+    assert "simulated" in json.loads((tmp_path / "out/card.json").read_text())["licence"]
+    monkeypatch.setattr(sys, "argv", ["models.py", "export", str(tmp_path / "none.pt"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        models.main()
+    assert capsys.readouterr().err.count("\n") == 1
