@@ -113,17 +113,23 @@ def multi_label(classes, share=0.1):
 
 # ---------------------------------------------------------------------------------------------- network input
 
-def to_input(s1, s2, scale, stats=None):
-    """Integers of a store to network input, on the device where they are.
+def to_input(s1, s2, scale, stats=None, bands=None):
+    """Patches to network input, on the device where they are. Tensors or arrays.
 
-    s1: (N, c1, h, w) int16, 1/100 dB, -32768 missing. s2: (N, c2, h, w) uint16, reflectance x 10,000.
-    scale: `patch-max`, every channel of every patch by its own maximum after clipping (as published);
+    s1: (N, c1, h, w) int16 in 1/100 dB, -32768 missing, or float in dB, NaN missing. s2: (N, c2, h, w) reflectance x
+    10,000. scale: `patch-max`, every channel of every patch by its own maximum after clipping (as published);
     `fixed`, (dB + 25) / 25 and reflectance, clipped to 0..1; `standard`, per-band mean and standard deviation from
     stats = {"s1": {"mean": [dB], "std": [dB]}, "s2": {"mean": [...], "std": [...]}} in the order of the channels.
-    -> two float32 tensors of the same shapes, finite for any input. Raises DataError for an unknown scale.
+    bands: {"s1": names, "s2": names} of the channels that must be there, as models.load_encoders gives them.
+    -> two float32 tensors of the same shapes, finite for any input. Raises DataError for other bands or an unknown scale.
     """
-    missing = s1 == MISSING
-    s1, s2 = s1.float() / 100, s2.float()
+    s1, s2 = torch.as_tensor(s1), torch.as_tensor(s2)
+    for sensor, x in (("s1", s1), ("s2", s2)):
+        if bands and x.shape[1] != len(bands[sensor]):
+            raise DataError(f"{sensor} has {x.shape[1]} channels, not {len(bands[sensor])}: {' '.join(bands[sensor])}")
+    missing = s1.isnan() if s1.is_floating_point() else s1 == MISSING
+    s1 = s1.float().nan_to_num(MISSING / 100) if s1.is_floating_point() else s1.float() / 100
+    s2 = s2.float().nan_to_num(0) if s2.is_floating_point() else s2.float()
     if scale == "standard":
         return standardise(s1, stats["s1"]).masked_fill(missing, 0), standardise(s2, stats["s2"])
     s1, s2 = s1.clamp(-25, 0) + 25, s2.clamp(0, 10_000)
@@ -136,7 +142,8 @@ def to_input(s1, s2, scale, stats=None):
 
 def standardise(x, stats):
     """(N, c, h, w) float -> zero mean and unit variance per channel; a band that never varies is only centred."""
-    mean, std = (torch.tensor(stats[key], dtype=torch.float32).to(x.device)[:, None, None] for key in ("mean", "std"))
+    mean, std = (torch.tensor(stats[key], dtype=torch.float32).to(x.device, non_blocking=True)[:, None, None]
+                 for key in ("mean", "std"))
     return (x - mean) / torch.where(std > 0, std, 1)
 
 

@@ -288,7 +288,7 @@ def refuse_unfit(path, content):
 
 
 def load_encoders(checkpoint):
-    """-> (ModuleDict of ready encoders by sensor in eval mode, scaling {"scale", "stats"} for data.to_input).
+    """-> (ModuleDict of ready encoders by sensor in eval mode, scaling: what data.to_input(s1, s2, **scaling) needs).
     checkpoint: a path, or load_checkpoint's content. Raises CheckpointError."""
     content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     encoders = make_encoders(content["method"], content["bands"], content["arch"])
@@ -298,7 +298,7 @@ def load_encoders(checkpoint):
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"the weights for {name} are not those of {content['arch']}: {reason}") from None
-    return encoders.eval(), {"scale": content["scale"], "stats": content["stats"]}
+    return encoders.eval(), {key: content[key] for key in ("scale", "stats", "bands")}
 
 
 # ---------------------------------------------------------------------------------------------- export

@@ -5,12 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import simulate
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import simulate  # noqa: E402
+sys.path.insert(0, str(ROOT))
 
 
 @pytest.fixture(scope="session")
@@ -32,8 +31,8 @@ def trees(tmp_path_factory):
 
 def user(script, *args, cwd=ROOT, **kwargs):
     """Run a script of the project in a process of its own -> CompletedProcess with text output."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600, **kwargs)
+    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True, check=False,
+                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600, **kwargs)
 
 
 def call(monkeypatch, module, *args):
