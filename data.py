@@ -12,6 +12,7 @@ a folder `train`, `validation` or `test` above `s1` gives the split. A STORE is 
 """
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -23,6 +24,7 @@ import re
 import shutil
 import sys
 import warnings
+import zlib
 from collections import Counter, defaultdict, namedtuple
 from pathlib import Path
 
@@ -45,6 +47,7 @@ L2A_BANDS = tuple(band for band in S2_BANDS if band != "B10")  # atmospheric cor
 MISSING = -32768  # in s1.npy
 SCALES = ("patch-max", "fixed", "standard")
 SPLITS = {"train": "validation", "validation": "validation", "test": "test"}  # DFC2020 trains on its "validation" part
+SEASONS = ("spring", "summer", "fall", "winter")
 PUBLISHED = {"SEN12MS": 180_662, "validation": 986, "test": 5_128}  # patches
 STORE_FORMAT = 1
 HEADER = 128  # bytes before the data in our .npy files
@@ -68,12 +71,20 @@ class BadPatch(DataError):
 
 
 def run(main, *errors):
-    """Run a script's `main`; a DataError, or one of `errors`, ends it with one line and exit status 2."""
+    """Run a script's `main`; a DataError, an OSError or one of `errors` ends it with one line and exit status 2."""
     try:
         main()
-    except (DataError, *errors) as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    except (DataError, OSError, *errors) as error:
+        line = str(error).strip().splitlines()[-1]  # an error of a worker process comes with its traceback before it
+        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
         sys.exit(2)
+
+
+def positive(text):
+    """For argparse: an integer above 0."""
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 # ---------------------------------------------------------------------------------------------- labels
@@ -168,7 +179,7 @@ def find_files(tree):
             if match := NAME.fullmatch(name):
                 season, sensor, scene, patch = match.groups()
                 key = season, int(scene), int(patch), f"{season}_{int(scene)}_p{int(patch)}"
-            elif match := PLAIN.fullmatch(os.path.abspath(path)):
+            elif match := PLAIN.fullmatch("/" + os.path.relpath(path, tree)):
                 split, sensor, stem = match.groups()
                 split = SPLITS.get(split, "")
                 key = split, 0, 0, f"{split}/{stem}".lstrip("/")
@@ -205,7 +216,7 @@ def find_patches(tree, seasons=None, limit=None):
         raise DataError(f"{tree}: no pairs found{' of ' + ' '.join(seasons) if seasons else ''}. Expected files like "
                         "ROIs1158_spring_s1_1_p30.tif and ROIs1158_spring_s2_1_p30.tif, or s1/NAME.tif and s2/NAME.tif")
     count = min(limit or len(places), len(places))
-    return [places[k * len(places) // count] for k in range(count)], left_out
+    return [places[k * len(places) // count] for k in range(count)], {} if limit else left_out
 
 
 def read_tif(path, count, kinds, window=None):
@@ -276,7 +287,7 @@ class Scan(Dataset):
         self.places, self.shape, self.buffers = places, shape, Buffers(len(S1_BANDS), shape[0])
 
     def __getitem__(self, job):
-        report, good = {"bad": {}, "label": {}, "sums": {}}, 0
+        report, good = {"bad": {}, "label": {}, "sums": {}, "crc": 0}, 0
         batch = self.buffers.next(CHUNK, *self.shape[1:])
         for place in self.places[job * CHUNK:(job + 1) * CHUNK]:
             try:
@@ -285,6 +296,7 @@ class Scan(Dataset):
                 report["bad"][place.id] = str(reason)
                 continue
             report["label"][place.id] = single_label(classes[None]).item() if place.classes else IGNORE
+            report["crc"] += zlib.crc32(classes)
             report["sums"][place.split] = add_sums(report["sums"].get(place.split), band_sums(s1, s2))
             for tensor, array in zip(batch, (s1, s2, classes)):
                 tensor[good] = torch.from_numpy(array)
@@ -295,7 +307,7 @@ class Scan(Dataset):
 def scan(places, shape, workers=None, done=0):
     """Read and judge all places but those of the first `done` jobs, in processes; yields what Scan gives, in order."""
     jobs = range(done, math.ceil(len(places) / CHUNK))
-    reports = DataLoader(Scan(places, shape), sampler=jobs, batch_size=None, num_workers=processes(workers, jobs))
+    reports = make_loader(Scan(places, shape), jobs, workers)
     with tqdm(total=len(places), initial=done * CHUNK, unit="patch", desc="reading", delay=1) as bar:
         for report, batch in reports:
             yield report, batch
@@ -335,27 +347,35 @@ def refuse_bad(tree, left_out, count, max_bad):
     if len(left_out) > max_bad * count or len(left_out) == count:
         names = "; ".join(f"{patch} ({reason})" for patch, reason in list(left_out.items())[:5])
         raise DataError(f"{tree}: {len(left_out)} of {count} patches cannot be used, --max-bad allows {max_bad:.1%}: "
-                        f"{names}{'; ...' if len(left_out) > 5 else ''}")
+                        f"{names}{'; ...' if len(left_out) > 5 else ''}. Mend the files (and remove a store begun with "
+                        "them), or allow more")
 
 
 def make_index(tree, places, shape, left_out, reports, max_bad):
     """Reports of all jobs -> index of the good patches, as in index.json. Raises DataError as soon as too many are bad."""
-    left_out, label, sums, total = dict(left_out), {}, {}, None
+    left_out, label, sums, total, crc = dict(left_out), {}, {}, None, 0
     count = len(places) + len(left_out)
     for report in reports:
         left_out |= report["bad"]
         label |= report["label"]
+        crc += report["crc"]
         refuse_bad(tree, left_out, count, max_bad)
         for split, part in report["sums"].items():
             sums[split], total = add_sums(sums.get(split), part), add_sums(total, part)
     good = [place for place in places if place.id in label]
     return {"format": STORE_FORMAT, "patches": len(good), "shape": list(shape),
             "bands": [*S1_BANDS, *(S2_BANDS if shape[0] == len(S2_BANDS) else L2A_BANDS)],
-            **statistics(total, len(good) * shape[1] * shape[2]), "sums": sums,
-            "simulated": any((folder / "SIMULATED").exists() for folder in (Path(tree), Path(tree).resolve().parent)),
+            **statistics(total, len(good) * shape[1] * shape[2]), "sums": sums, "crc": crc,  # crc: of all class maps
+            "simulated": is_simulated(tree),
             "ids": [place.id for place in good], "splits": [place.split for place in good],
             "labels": [label[place.id] for place in good] if any(place.classes for place in places) else None,
             "left_out": left_out}
+
+
+def is_simulated(tree):
+    """Whether tests/simulate.py made a tree, or the folder it lies in, or one directly in it."""
+    tree = Path(tree).resolve()
+    return any((folder / "SIMULATED").exists() for folder in (tree, *tree.parents, *tree.glob("*/")))
 
 
 def store_files(store, patches, shape, labelled):
@@ -379,10 +399,12 @@ def reserve(store, files):
         for path, (_, size) in files.items():
             with open(path, "ab") as handle:
                 os.posix_fallocate(handle.fileno(), 0, size)
-    except OSError:
+    except OSError as error:
         if not (store / "progress.jsonl").exists():
             for path in files:
                 path.unlink(missing_ok=True)
+        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
         raise DataError(f"{store}: the store needs {needed:,} bytes, {free:,} are free (a quota may allow less): choose "
                         "another disk, or fewer patches with --seasons or --limit") from None
 
@@ -447,7 +469,7 @@ def pack(tree, store, workers=None, seasons=None, limit=None, max_bad=0.01):
     store = Path(store)
     places, left_out = find_patches(tree, seasons, limit)
     shape = tree_shape(places)
-    identity = STORE_FORMAT, CHUNK, shape, [(place.id, place.split, bool(place.classes)) for place in places]
+    identity = STORE_FORMAT, CHUNK, shape, is_simulated(tree), [(place.id, place.split, bool(place.classes)) for place in places]
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -457,7 +479,9 @@ def pack(tree, store, workers=None, seasons=None, limit=None, max_bad=0.01):
             except BlockingIOError:
                 raise DataError(f"{store}: another packing is writing it: wait, or choose another folder") from None
             try:
-                if not (store / "index.json").exists():
+                if (store / "index.json").exists():
+                    print(f"{store}: packed before, nothing is written")
+                else:
                     write_store(tree, store, places, shape, left_out, key, workers, max_bad)
                 index = read_index(store)
                 if index["key"] != key:
@@ -595,9 +619,9 @@ class Patches:
 
     def read_ahead(self, rows, tops, size):
         """Ask the system for all that a batch needs, at once: page by page a disk is slow, and a guess reads too much."""
-        for file, array in zip(self.files, self.arrays):
+        for file, array, pick in zip(self.files, self.arrays, (*self.picks, None)):
             *outer, line, _ = array.strides
-            bands = range(array.shape[1] if array.ndim == 4 else 1)
+            bands = np.arange(array.shape[1])[pick].tolist() if array.ndim == 4 else [0]
             for row, top in zip(rows.tolist(), tops.tolist()):
                 for band in bands:
                     start = HEADER + row * outer[0] + band * outer[-1] + top * line
@@ -609,7 +633,8 @@ class Patches:
         if cache == "device" and device.type == "cuda":
             free = torch.cuda.mem_get_info(device)[0]
         else:
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            meminfo = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+            free = int(meminfo["MemAvailable"].split()[0]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if needed > free:
             raise DataError(f"--cache {cache}: {self.path} takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                             "leave the option out")
@@ -620,7 +645,7 @@ class Patches:
         self.places, self.arrays, self.picks, self.files = None, arrays, [slice(None)] * 2, ()
         if cache == "device":  # torch can do little with uint16: the same bits as int16
             arrays = arrays[0], arrays[1].view(np.int16), arrays[2][:, None]
-            self.tensors = [torch.from_numpy(array).to(device) for array in arrays]
+            self.tensors, self.arrays = [torch.from_numpy(array).to(device) for array in arrays], ()
         return self
 
 
@@ -639,6 +664,16 @@ def open_data(path, bands=None, cache=None, workers=None, device="cpu", max_bad=
         patches = Patches(str(path), index, [place for place in places if place.id not in index["left_out"]])
     patches.select(bands or patches.index["bands"])
     return patches.hold(cache, torch.device(device)) if cache else patches
+
+
+def split_scenes(patches, share):
+    """Rows to train on and rows held out, by whole scenes; patches of a `test` split are in neither."""
+    rows = np.flatnonzero(patches.splits != "test")
+    scenes = np.array(patches.scenes)[rows]
+    names = np.unique(scenes)
+    count = min(math.ceil(share * len(names)), len(names) - 1)
+    held = np.isin(scenes, np.random.default_rng(0).permutation(names)[:count])
+    return rows[~held], rows[held]
 
 
 class Crops(Dataset):
@@ -695,9 +730,15 @@ class GridCrops(Crops):
 
 
 def processes(workers, jobs):
-    """Worker processes to start for some jobs. workers: None for one per core, 0 for none."""
+    """Worker processes to start for some jobs. workers: None for one per core, at most 8; 0 for none."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
-    return min(max(cores, 1) if workers is None else workers, len(jobs) // 2)
+    return max(0, min(max(min(cores, 8), 1) if workers is None else workers, len(jobs) // 2))
+
+
+def make_loader(dataset, items, workers, **options):
+    count = processes(workers, items)
+    context = "fork" if count else None  # workers inherit the mapped files instead of getting a copy of them
+    return DataLoader(dataset, sampler=items, batch_size=None, num_workers=count, multiprocessing_context=context, **options)
 
 
 def loader(dataset, items, workers=None, device=None):
@@ -706,7 +747,7 @@ def loader(dataset, items, workers=None, device=None):
     if dataset.patches.tensors:  # --cache device
         return (dataset[item] for item in items)
     cuda = device is not None and device.type == "cuda"
-    batches = DataLoader(dataset, sampler=items, batch_size=None, num_workers=processes(workers, items), pin_memory=cuda)
+    batches = make_loader(dataset, items, workers, pin_memory=cuda)
     return look_ahead(batches, device) if cuda else iter(batches)
 
 
@@ -730,7 +771,7 @@ def summarise(index, names=20):
     """Print what a tree or store holds, against what was published, and the names of so many that were left out."""
     splits, labels = np.array(index["splits"]), np.array(index["labels"] or [])
     counts = Counter(index["splits"])
-    counts["SEN12MS"] = sum(count for split, count in counts.items() if split not in PUBLISHED)
+    counts["SEN12MS"] = sum(counts[split] for split in SEASONS)
     for split, count in counts.items():
         published = f" of {PUBLISHED[split]:,} published" if split in PUBLISHED else ""
         if count:
@@ -794,8 +835,8 @@ def main():
     parser.add_argument("data", help="folder of GeoTIFFs; for check and show also a store")
     parser.add_argument("out", nargs="?", help="pack: folder of the new store; show: picture to write")
     parser.add_argument("--seasons", nargs="+", help="pack only these: spring summer fall winter validation test")
-    parser.add_argument("--limit", type=int, help="pack only so many patches, spread over all scenes")
-    parser.add_argument("--count", type=int, default=8, help="patches in the picture (default %(default)s)")
+    parser.add_argument("--limit", type=positive, help="pack only so many patches, spread over all scenes")
+    parser.add_argument("--count", type=positive, default=8, help="patches in the picture (default %(default)s)")
     parser.add_argument("--workers", type=int, help="processes that read (default: one per core)")
     parser.add_argument("--max-bad", type=float, default=0.01, help="share of patches that may be bad (default %(default)s)")
     args = parser.parse_args()

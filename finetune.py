@@ -27,7 +27,7 @@ def arguments():
     linear_eval.add_evaluation_options(add)
     # The released code's settings.
     add("--arch", choices=("resnet18", "resnet50"), help="from scratch, of all but mma (default resnet18)")
-    add("--epochs", type=int, default=200)
+    add("--epochs", type=data.positive, default=200)
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
     add("--classifier-lr", type=float, default=3e-6)
     add("--weight-decay", type=float, default=1e-3)
@@ -71,8 +71,8 @@ def train(model, patches, rows, scaling, task, seed, args, name):
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         if step % batches.steps == 0 and not loss.isfinite():  # once an epoch, since the host waits for the device here
-            raise data.DataError(f"{name}: the loss is {loss.item()} after epoch {step // batches.steps}: try a lower --lr "
-                                 "or --precision float32")
+            raise data.DataError(f"{name}: the loss is {loss.item()} after epoch {step // batches.steps}: try a lower "
+                                 "--lr or --precision float32")
 
 
 @torch.no_grad()
@@ -87,6 +87,8 @@ def test(model, patches, rows, scaling, task, args):
             logits.append(model(*data.to_input(s1, s2, **scaling)).float())
         labels.append(data.single_label(classes) if task == "single" else data.multi_label(classes))
     labels, logits = torch.cat(labels).cpu().numpy(), torch.cat(logits).cpu().numpy()
+    if not np.isfinite(logits).all():
+        raise data.DataError("the trained network gives values that are not finite: try a lower --lr or --precision float32")
     has = labels != data.IGNORE if task == "single" else labels.any(1)
     return labels[has], logits[has]
 

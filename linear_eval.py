@@ -158,7 +158,7 @@ def digest(value):
 
 def data_hash(patches):
     """The same for what a store or tree holds: ids, labels and band sums."""
-    return digest([patches.index[key] for key in ("ids", "labels", "sums")])
+    return digest([patches.index[key] for key in ("ids", "labels", "sums", "crc")])
 
 
 # ---------------------------------------------------------------------------------------------- frozen features
@@ -417,28 +417,29 @@ def welch(x, y):
 
 
 def compare(lines, one, other):
-    """Difference of two methods' averages with its 95 % interval over seeds, as Markdown."""
-    rows = []
-    lines = [line for line in lines if line["label_fraction"] == 1 and line.get("sensors", "both") == "both"]
-    for task, linear in itertools.product(("single", "multi"), (False, True)):
-        part = [line for line in lines if line["task"] == task and (line["protocol"] == "linear") == linear]
+    """Difference of two methods' averages in the main tables with its 95 % interval over seeds, as Markdown. Not for
+    linear probes: there seeds redraw hardly anything, and noise would read as a result."""
+    rows, lines = [], [line for line in lines if line["label_fraction"] == 1 and line["protocol"] != "linear"]
+    for task in ("single", "multi"):
+        part = [line for line in lines if line["task"] == task]
         ours, theirs = (table_rows([line for line in part if line["method"] == method]) for method in (one, other))
         for a, b in itertools.product(ours, theirs):
             x, y = (100 * np.array(column(found, "average")) for found in (ours[a], theirs[b]))
             middle, half = welch(x, y)
             text = f"{middle - half:+.1f} to {middle + half:+.1f}" + (", could be none" if abs(middle) <= half else "")
-            rows.append([a, b, task, "linear" if linear else "fine-tuned", f"{middle:+.1f}",
-                         text if half < math.inf else "needs two seeds of each", f"{len(x)} and {len(y)}"])
+            rows.append([a, b, task, f"{middle:+.1f}", text if half < math.inf else "needs two seeds of each",
+                         f"{len(x)} and {len(y)}"])
     if not rows:
-        raise data.DataError(f"--compare {one} {other}: no results of both in one table")
-    header = ["", "against", "task", "", "difference of averages, points", "95 % interval (Welch)", "seeds"]
-    return f"## Difference\n\n{markdown(header, rows)}"
+        raise data.DataError(f"--compare {one} {other}: no results of both in one table: run finetune.py for both")
+    header = ["", "against", "task", "difference of averages, points", "95 % interval (Welch)", "seeds"]
+    note = "The interval is over the seeds of fine-tuning; all seeds of a row share one pretraining.\n"
+    return f"## Difference\n\n{markdown(header, rows)}\n{note}"
 
 
 def as_csv(lines):
     """Every number of every run, one per line."""
-    keys = ("method", "protocol", "baseline", "probe", "sensors", "checkpoint", "data", "task", "label_fraction", "seed",
-            "simulated")
+    keys = ("method", "protocol", "baseline", "probe", "sensors", "checkpoint", "data", "task", "label_fraction",
+            "seed", "simulated")
     text = ",".join((*keys, "metric", "value")) + "\n"
     for line in lines:
         run = ",".join(str(line[key]) if line.get(key) is not None else "" for key in keys)
@@ -546,10 +547,10 @@ def embed(args, content):
 
 @torch.no_grad()
 def retrieve(args, content):
-    """--retrieve: for a dozen Sentinel-1 patches a picture of the five Sentinel-2 patches nearest to each, by the
-    centre crops of at most 1,000 patches of the split `test`, or where there is none of all."""
+    """--retrieve: for a dozen held-out Sentinel-1 patches a picture of the five Sentinel-2 patches nearest to each, by
+    the centre crops of at most 1,000 patches of the split `test`, or where there is none of the held-out scenes."""
     if models.METHODS[content["method"]]["inputs"] != ("s1", "s2"):
-        raise models.CheckpointError(f"{args.checkpoint}: {content['method']} does not embed both sensors: no --retrieve")
+        raise models.CheckpointError(f"{args.checkpoint}: --retrieve: {content['method']} lacks a sensor")
     args.cache = None  # the bands that the picture shows are not always those that the encoders see
     patches, device = open_for(args, content), torch.device(args.device)
     model = models.Contrastive(content["method"], content["bands"], content["arch"])
@@ -560,8 +561,9 @@ def retrieve(args, content):
         else:
             model.heads[name] = nn.Identity()
     model, (top, left) = model.to(device).eval(), ((side - args.crop) // 2 for side in patches.size)
-    held_out = np.flatnonzero(patches.splits == "test")
-    rows = held_out if len(held_out) else np.arange(len(patches))
+    rows = np.flatnonzero(patches.splits == "test")
+    if not len(rows):  # the scenes that pretraining held out of these data
+        rows = data.split_scenes(patches, content["args"].get("holdout", 1))[1]
     rows, embeddings = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)], []
     for part in np.array_split(rows, math.ceil(len(rows) / args.batch_size)):
         s1, s2, _ = patches.crops(part, [top] * len(part), [left] * len(part), args.crop)
@@ -584,8 +586,8 @@ def retrieve(args, content):
     for axis, name in zip(axes[:, 0], ("Sentinel-1 VV", "nearest", "2nd", "3rd", "4th", "5th")):
         axis.set_ylabel(name, fontsize=8)
     simulated = "SIMULATED data, " if patches.simulated or content["simulated"] else ""
-    title = f"{simulated}{TITLES[content['method']]}: the Sentinel-2 patches nearest to a Sentinel-1 patch, the right " \
-            f"one framed\n{len(rows)} candidates{' of the split test' if len(held_out) else ''}, " \
+    title = f"{simulated}{TITLES[content['method']]}: Sentinel-2 patches nearest to a Sentinel-1 patch, the right " \
+            f"one framed\n{len(rows)} held-out candidates, " \
             f"top-1 {found['top1']:.0%}, top-5 {found['top5']:.0%}, median rank {found['median']:g}"
     figure.suptitle(title, fontsize=9)
     figure.tight_layout()
@@ -602,9 +604,9 @@ def add_evaluation_options(add):
     add("--task", nargs="+", default=["single"], choices=("single", "multi"))
     add("--label-fraction", type=share, nargs="+", default=[1.0], help="share of the labelled patches, e.g. 0.01 0.1 1")
     add("--label-sampling", default="patches", choices=("patches", "rows"), help="rows: after repeating, as published")
-    add("--seeds", type=int, default=5, help="runs, with seeds 0, 1, ... (default %(default)s)")
-    add("--batch-size", type=int, default=100, help="crops (default %(default)s)")
-    add("--crop", type=int, help="side of the crops, px (default: that of pretraining, else 128)")
+    add("--seeds", type=data.positive, default=5, help="runs, with seeds 0, 1, ... (default %(default)s)")
+    add("--batch-size", type=data.positive, default=100, help="crops (default %(default)s)")
+    add("--crop", type=data.positive, help="side of the crops, px (default: that of pretraining, else 128)")
     add("--scale", choices=data.SCALES, help="network input (default: that of pretraining, else patch-max)")
     add("--bands", nargs="+", help="only these, by name, e.g. VV VH B2 B3 B4 (default: those of pretraining, else all)")
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
@@ -634,6 +636,7 @@ def open_for(args, content):
             raise models.CheckpointError(f"{args.checkpoint}: holds {key} {value}, not --{key} {asked}")
     for key, usual in (("method", "d-simclr"), ("arch", "resnet18"), ("scale", "patch-max"), ("bands", None)):
         setattr(args, key, held.get(key) or getattr(args, key, None) or usual)
+    args.precision = models.resolve_precision(args.precision, torch.device(args.device))  # as results must say it
     args.bands = args.bands or models.METHODS[args.method].get("bands")
     args.crop = args.crop or content.get("args", {}).get("crop", 128)
     return data.open_data(args.data, args.bands, args.cache, args.workers, args.device)
@@ -646,7 +649,7 @@ def open_labelled(args, content):
     train, test = (np.flatnonzero(patches.splits == split) for split in ("validation", "test"))
     if not all((labels[rows] != IGNORE).any() for rows in (train, test)):
         raise data.DataError(f"{args.data}: needs labelled patches of the splits `validation` (trained on) and `test`; "
-                             f"it has {len(train)} and {len(test)}{' without labels' if patches.labels is None else ''}")
+                             f"it has {len(train)} and {len(test)}{' unlabelled' if patches.labels is None else ''}")
     counts = np.bincount(labels[train], minlength=IGNORE + 1)[:len(CLASSES)]
     if not counts.all():
         print("no training patch of", ", ".join(name for name, count in zip(CLASSES, counts) if not count))

@@ -148,13 +148,18 @@ class Classifier(nn.Module):
         return self.fc(torch.cat([pooled(f) for f in encode(self.encoders, s1, s2).values()], 1))
 
 
+def resolve_precision(precision, device):
+    """`auto` -> `bf16` where the device computes in it natively, else `float32`; these two as they are."""
+    if precision != "auto":
+        return precision
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "float32"
+
+
 def autocast(precision, device):
-    """Context in which networks run: `bf16`, `float32`, or `auto`: bf16 where the device computes in it natively."""
-    if precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        precision = "bf16" if native else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Context in which networks run."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16")
 
 
 # ---------------------------------------------------------------------------------------------- losses

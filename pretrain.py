@@ -35,12 +35,6 @@ FREE = {"data", "out", "bands", "workers", "cache", "device", "log_every", "eval
 STOP = (signal.SIGTERM, signal.SIGINT)
 
 
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
-
-
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -49,9 +43,9 @@ def arguments():
     add("--out", help="folder of the run (default runs/METHOD)")
     # The published settings: the released code's, and for MMA its ResNet's, since its own were not released.
     add("--arch", default="resnet18", choices=("resnet18", "resnet50"), help="of all but mma")
-    add("--epochs", type=positive, default=200)
-    add("--batch-size", type=positive, default=200, help="pairs per step, over all processes (default %(default)s)")
-    add("--crop", type=positive, default=128, help="side of the random crops, px (default %(default)s)")
+    add("--epochs", type=data.positive, default=200)
+    add("--batch-size", type=data.positive, default=200, help="pairs per step, over all processes (default %(default)s)")
+    add("--crop", type=data.positive, default=128, help="side of the random crops, px (default %(default)s)")
     add("--lr", type=float, default=3e-5)
     add("--weight-decay", type=float, default=1e-4)
     add("--constant-epochs", type=int, default=10, help="before the cosine to zero (default %(default)s)")
@@ -61,14 +55,14 @@ def arguments():
     add("--bands", nargs="+", metavar="BAND", help="e.g. VV VH B2 B3 B4 (default: all; B4 B3 B2 for simclr-rgb)")
     add("--seed", type=int, default=0)
     add("--holdout", type=float, default=0.02, help="share of scenes kept out for retrieval (default %(default)s)")
-    add("--eval-every", type=positive, default=10, help="epochs between retrievals (default %(default)s)")
-    add("--micro-batch", type=positive, help="pairs per forward pass: less memory, the gradient of the whole batch")
+    add("--eval-every", type=data.positive, default=10, help="epochs between retrievals (default %(default)s)")
+    add("--micro-batch", type=data.positive, help="pairs per forward pass: less memory, the gradient of the whole batch")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="auto: bf16 where it is native")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--workers", type=int, help="processes that read, per process that trains (default: one per core)")
     add("--cache", choices=("ram", "device"), help="hold the data in memory")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--log-every", type=positive, default=10, help="steps between lines of log.jsonl (default %(default)s)")
+    add("--log-every", type=data.positive, default=10, help="steps between lines of log.jsonl (default %(default)s)")
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/{args.method}")
     args.temperature = args.temperature or (0.1 if args.method == "mma" else 0.07)
@@ -100,16 +94,6 @@ class TwoViews(data.RandomCrops):
         if self.scale == "standard":
             views = [data.standardise(view * 10_000, self.stats["s2"]) for view in views]
         return *views, rows
-
-
-def split_scenes(patches, share):
-    """Rows to train on and rows held out, by whole scenes; patches of a `test` split are in neither."""
-    rows = np.flatnonzero(patches.splits != "test")
-    scenes = np.array(patches.scenes)[rows]
-    names = np.unique(scenes)
-    count = min(math.ceil(share * len(names)), len(names) - 1)
-    held = np.isin(scenes, np.random.default_rng(0).permutation(names)[:count])
-    return rows[~held], rows[held]
 
 
 def gather(x, world):
@@ -303,7 +287,7 @@ def main():
     if not all(counts.values()) or args.method == "simclr-rgb" and counts["s2"] != 3:
         raise data.DataError(f"--bands {' '.join(bands)}: {args.method} needs "
                              f"{'three of Sentinel-2' if args.method == 'simclr-rgb' else 'bands of both sensors'}")
-    rows, held = split_scenes(patches, args.holdout)
+    rows, held = data.split_scenes(patches, args.holdout)
     if len(rows) < args.batch_size:
         raise data.DataError(f"--batch-size {args.batch_size}: {args.data} has {len(rows)} patches to train on (and "
                              f"{len(held)} held out): choose a smaller batch")
@@ -318,9 +302,11 @@ def main():
     if world > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # the statistics of the global batch
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    args.precision = models.resolve_precision(args.precision, device)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings["bands"] = patches.bands["s1"] + patches.bands["s2"]
     settings["data"] = hashlib.sha256("\n".join(patches.ids).encode()).hexdigest()[:12]  # which patches, not where
+    settings["processes"] = world if device.type == "cpu" else None  # there each has its own batch norm statistics
     args.out.mkdir(parents=True, exist_ok=True)
     start, found = resume(args, settings, model, optimizer, rank)
     if highest(start, world) != start:
@@ -415,4 +401,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main, models.CheckpointError, OSError)
+    data.run(main, models.CheckpointError)

@@ -386,7 +386,8 @@ def probes():
                 averages.append(scores["average"])
             wall = time.perf_counter() - start
             total += wall
-            rows.append([f"{fraction:.0%}", task, f"{wall:.1f}", f"{time.process_time() - cpu:.1f}", f"{np.mean(averages):.1%}"])
+            cpu, average = time.process_time() - cpu, np.mean(averages)
+            rows.append([f"{fraction:.0%}", task, f"{wall:.1f}", f"{cpu:.1f}", f"{average:.1%}"])
     encoders = models.make_encoders("d-simclr", {"s1": models.S1_BANDS, "s2": models.S2_BANDS}).eval()
     s1, s2 = torch.rand(8, 2, 128, 128), torch.rand(8, 13, 128, 128)
     with torch.no_grad():
@@ -394,8 +395,8 @@ def probes():
     rows.append(["all", "both", f"{total:.1f}", "", ""])
     table("Linear probes, 986 x 4 training crops, 1024 features, five seeds each",
           ["labels", "task", "wall s", "CPU s", "average"], rows)
-    print(f"\n200 epochs of frozen forward passes of 986 crops of 128 px, one seed (measured on 8 crops, scaled): {forward:.0f} s, "
-          f"{forward / (total / 5):.0f} times the probes of one seed")
+    print(f"\n200 epochs of frozen forward passes of 986 crops of 128 px, one seed (measured on 8 crops, scaled): "
+          f"{forward:.0f} s, {forward / (total / 5):.0f} times the probes of one seed")
 
 
 def main():

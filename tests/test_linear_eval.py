@@ -58,7 +58,7 @@ def test_metrics_agree_with_scikit_learn(seed):
     scored = linear_eval.score("single", true, np.eye(8)[predicted])
     np.testing.assert_array_equal(scored["confusion"], confusion)
 
-    true, predicted = ((rng.random((n, 8)) < rng.random(8) * rng.integers(0, 2, 8)).astype(np.float32) for _ in range(2))
+    true, predicted = (np.float32(rng.random((n, 8)) < rng.random(8) * rng.integers(0, 2, 8)) for _ in range(2))
     ours, there = linear_eval.multi_scores(true, predicted), np.flatnonzero(true.any(0))
     f1 = metrics.f1_score(true, predicted, average=None, zero_division=0)
     np.testing.assert_allclose(ours["class"][there], f1[there])
@@ -215,7 +215,7 @@ def made_up(n, seed, d=16):
 def test_a_test_label_changes_no_prediction(monkeypatch, probe, task):
     (train, labels), (test, _) = made_up(48, 0), made_up(40, 1)
     predictions, score = [], linear_eval.score
-    monkeypatch.setattr(linear_eval, "score", lambda task, true, logits: predictions.append(logits) or score(task, true, logits))
+    monkeypatch.setattr(linear_eval, "score", lambda *args: predictions.append(args[2]) or score(*args))
     scores = []
     for change in (0, 3):
         changed = {**test, "single": (test["single"] + change) % 8, "multi": np.roll(test["multi"], change, 1)}
@@ -261,14 +261,13 @@ def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(tmp_p
     assert sorted(json.loads(line)["seed"] for line in lines) == list(range(80))
 
 
-@pytest.mark.parametrize("keep", [5, 0.3, 0.7, -2])
+@pytest.mark.parametrize("keep", ["{", '"task": "si', '"s2": ["B2"]}', '"overall": 0.6'])  # the third ends in a brace
 def test_a_line_that_a_kill_cut_off_is_no_result(tmp_path, keep):
     results = linear_eval.Results(tmp_path)
     results.add(run_of(seed=0), SCORES)
     whole = results.path.read_text()
     line = whole.replace('"seed": 0', '"seed": 1')
-    cut = line.index('"s2": ["B2"]}') + len('"s2": ["B2"]}') if keep == 0.7 else int(keep * len(line)) if 0 < keep < 1 else keep
-    results.path.write_text(whole + line[:cut])  # 0.7: it ends in a brace
+    results.path.write_text(whole + line[:line.index(keep) + len(keep)])
     assert results.has(run_of(seed=0)) and not results.has(run_of(seed=1))
     results.add(run_of(seed=1), SCORES)
     results.add(run_of(seed=2), SCORES)
@@ -335,7 +334,8 @@ def test_report_of_simulated_data_says_so_and_compares_with_nothing(tmp_path, mo
 
 
 def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
-    write_results(tmp_path, [result_line(0.5), result_line(0.6, args={"lr": 1e-4}), result_line(0.7, args={"crop": 64})])
+    other = result_line(0.6, args={"lr": 1e-4}), result_line(0.7, args={"crop": 64})
+    write_results(tmp_path, [result_line(0.5), *other])
     text = report_of(monkeypatch, tmp_path)
     assert "| D-SimCLR [crop None, lr 1e-05] | 50 " in text and "| D-SimCLR [crop None, lr 0.0001] | 60 " in text
     assert "| D-SimCLR [crop 64, lr 1e-05] | 70 " in text
@@ -344,7 +344,8 @@ def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
 def test_report_as_csv(tmp_path, monkeypatch):
     write_results(tmp_path, LINES)
     header, *rows = report_of(monkeypatch, tmp_path, "--format", "csv").splitlines()
-    assert header == "method,protocol,baseline,probe,sensors,checkpoint,data,task,label_fraction,seed,simulated,metric,value"
+    assert header == ("method,protocol,baseline,probe,sensors,checkpoint,data,task,label_fraction,seed,simulated,"
+                      "metric,value")
     assert len(rows) == 10 * len(LINES)
     assert rows[:2] == [f"d-simclr,finetune,,,,c,d,single,1.0,0,False,{name},0.68" for name in CLASSES[:2]]
     assert "d-simclr,finetune,,,,c,d,single,1.0,1,False,average,0.7" in rows
@@ -392,10 +393,10 @@ def test_probe_of_a_checkpoint(tmp_path, trees, checkpoint, monkeypatch, capsys)
 
 def test_baselines(tmp_path, trees, monkeypatch):
     for baseline in ("random", "bands"):
-        call(monkeypatch, linear_eval, "--baseline", baseline, "--data", trees / "dfc2020", "--results", tmp_path, "--crop", 32,
-             "--seeds", 2, "--workers", 0, "--scale", "fixed")
+        call(monkeypatch, linear_eval, "--baseline", baseline, "--data", trees / "dfc2020", "--results", tmp_path,
+             "--crop", 32, "--seeds", 2, "--workers", 0, "--scale", "fixed")
     lines = linear_eval.Results(tmp_path).read()
-    assert [(line["baseline"], line["seed"]) for line in lines] == [("random", 0), ("random", 1), ("bands", 0), ("bands", 1)]
+    assert [line["baseline"] for line in lines] == ["random", "random", "bands", "bands"]
     assert lines[0]["average"] != lines[1]["average"]
 
 
@@ -405,8 +406,9 @@ def embeddings(monkeypatch, checkpoint, tree, out, *options):
 
 
 def test_embeddings_do_not_depend_on_batches_and_workers(tmp_path, trees, checkpoint, monkeypatch):
-    one = embeddings(monkeypatch, checkpoint, trees / "dfc2020", tmp_path / "one.npz", "--batch-size", 7, "--workers", 0)
-    other = embeddings(monkeypatch, checkpoint, trees / "dfc2020", tmp_path / "other", "--batch-size", 100, "--workers", 2)
+    tree = trees / "dfc2020"
+    one = embeddings(monkeypatch, checkpoint, tree, tmp_path / "one.npz", "--batch-size", 7, "--workers", 0)
+    other = embeddings(monkeypatch, checkpoint, tree, tmp_path / "other", "--batch-size", 100, "--workers", 2)
     patches = data.open_data(trees / "dfc2020", workers=0)
     assert one["ids"].tolist() == patches.ids and one["labels"].tolist() == patches.labels.tolist() and one["simulated"]
     assert one["s1"].shape == one["s2"].shape == (80, 512)
@@ -437,8 +439,8 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, trees, monkeypatch):
 
 @pytest.mark.parametrize("tree", ["dfc2020", "sen12ms"])
 def test_retrieval_as_a_picture(tmp_path, trees, checkpoint, monkeypatch, capsys, tree):
-    call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", trees / tree, "--retrieve", tmp_path / "out.png",
-         "--workers", 0)
+    call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", trees / tree, "--workers", 0, "--retrieve",
+         tmp_path / "out.png")
     said = capsys.readouterr().out
     assert ("48 candidates of the split test" if tree == "dfc2020" else "64 candidates,") in said
     assert (tmp_path / "out.png").stat().st_size > 20_000
