@@ -24,8 +24,12 @@ fi
 
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")
+# Jobs that do not depend on each other: one per GPU at a time, on a CPU two at a time with half the cores each.
+slots=$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
+[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$(((cores + slots - 1) / slots))
 if [ -n "$sen12ms" ]; then
-  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5" pretrain=() finetune=() probe=()
+  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5" pretrain=()
+  finetune=(--workers $((cores / slots < 8 ? cores / slots : 8))) probe=("${finetune[@]}")
 else
   out=${out:-simulated} seeds=2 fractions="0.01 0.1 0.5"
   # Small, and with higher learning rates than published, so that a few steps move the weights at all.
@@ -35,9 +39,6 @@ else
 fi
 mkdir -p "$out"
 
-# Jobs that do not depend on each other: one per GPU at a time, on a CPU two at a time with half the cores each.
-slots=$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
-[ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$(((cores + slots - 1) / slots))
 jobs=()
 queue() { jobs+=("$(printf '%q ' "$@")"); }
 run_jobs() {

@@ -365,8 +365,9 @@ def test_a_store_larger_than_memory_is_read_ahead(store, monkeypatch):
 
 
 def test_cache_that_does_not_fit(store, monkeypatch):
-    sysconf = os.sysconf
-    monkeypatch.setattr(os, "sysconf", lambda name: 3 if name == "SC_AVPHYS_PAGES" else sysconf(name))
+    read_text = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path: "MemAvailable: 12 kB\n" if str(path) == "/proc/meminfo" else
+                        read_text(path))
     with pytest.raises(data.DataError, match="--cache ram: .* GB are free"):
         data.open_data(store, cache="ram")
 

@@ -153,12 +153,12 @@ def test_training_lowers_the_loss_and_follows_the_schedule(reference):
 
 def test_held_out_scenes_are_whole_and_not_trained_on(store):
     patches = data.open_data(store)
-    rows, held = pretrain.split_scenes(patches, 0.3)
+    rows, held = data.split_scenes(patches, 0.3)
     assert sorted([*rows, *held]) == list(range(64)) and len(held) == 32
     assert not {patches.scenes[row] for row in rows} & {patches.scenes[row] for row in held}
-    assert not len(pretrain.split_scenes(patches, 0)[1])
+    assert not len(data.split_scenes(patches, 0)[1])
     patches.splits = np.array(["test"] * 16 + ["spring"] * 48)
-    assert min(np.concatenate(pretrain.split_scenes(patches, 0.3))) == 16
+    assert min(np.concatenate(data.split_scenes(patches, 0.3))) == 16
 
 
 def test_bands_are_chosen_by_name_and_recorded(trees, tmp_path):
@@ -184,7 +184,7 @@ def test_bands_are_chosen_by_name_and_recorded(trees, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--batch-size", 65], "choose a smaller batch"), (["--crop", 41], "--crop 41"),
-    (["--epochs", 0], "invalid positive"), (["--data", "nowhere"], "SEN12MS: mediaTUM"),
+    (["--epochs", 0], "0 is not above 0"), (["--data", "nowhere"], "SEN12MS: mediaTUM"),
     (["--method", "simclr-rgb", "--bands", "B2"], "three of Sentinel-2")])
 def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, arguments, words):
     common = ["--data", store, "--batch-size", 8, "--out", tmp_path / "x"]
@@ -368,7 +368,7 @@ def test_nothing_is_saved_once_the_loss_is_not_finite(store, reference, tmp_path
     code, text = finish(start([*MMA, "--data", store, "--log-every", 6, "--workers", 0], out, trouble=trouble))
     assert code == 2 and words in text and "Traceback" not in text
     patches = data.open_data(store)
-    batches = data.RandomCrops(patches, pretrain.split_scenes(patches, 0.25)[0], 16, 8, 0, drop_last=True)
+    batches = data.RandomCrops(patches, data.split_scenes(patches, 0.25)[0], 16, 8, 0, drop_last=True)
     rows = batches[int(words.split()[-1]) - 1][-1]
     assert text.rstrip().endswith("The batch: " + " ".join(patches.ids[row] for row in rows))
     assert (out / "last.pt").read_bytes() == before and list(out.glob("previous*")) == []
