@@ -7,20 +7,20 @@
 # DIR is a folder of GeoTIFFs or a store of data.py pack. --out DIR is where everything goes (default: simulated/, or
 # experiment/ for real data). Started again after a break, it does only what is missing.
 set -euo pipefail
-cd "$(dirname "$0")"
 
 sen12ms="" dfc2020="" out=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --sen12ms) sen12ms=${2:?--sen12ms needs a folder}; shift 2 ;;
-    --dfc2020) dfc2020=${2:?--dfc2020 needs a folder}; shift 2 ;;
-    --out) out=${2:?--out needs a folder}; shift 2 ;;
+    --sen12ms) sen12ms=$(realpath "${2:?--sen12ms needs a folder}"); shift 2 ;;
+    --dfc2020) dfc2020=$(realpath "${2:?--dfc2020 needs a folder}"); shift 2 ;;
+    --out) out=$(realpath -m "${2:?--out needs a folder}"); shift 2 ;;
     *) echo "run_all.sh: unknown option $1; see the top of the file" >&2; exit 2 ;;
   esac
 done
 if [ "${sen12ms:+given}" != "${dfc2020:+given}" ]; then
   echo "run_all.sh: give both --sen12ms and --dfc2020, or neither for simulated data" >&2; exit 2
 fi
+cd "$(dirname "$0")"
 
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")
