@@ -33,8 +33,8 @@ if [ -n "$sen12ms" ]; then
 else
   out=${out:-simulated} seeds=2 fractions="0.01 0.1 0.5"
   # Small, and with higher learning rates than published, so that a few steps move the weights at all.
-  pretrain=(--epochs 10 --constant-epochs 5 --batch-size 48 --crop 32 --lr 1e-3 --holdout 0.15 --workers 0 --cache ram)
-  finetune=(--epochs 4 --drop-epoch 3 --batch-size 32 --crop 32 --lr 3e-4 --classifier-lr 3e-3 --workers 0 --cache ram)
+  pretrain=(--epochs 8 --constant-epochs 4 --batch-size 48 --crop 32 --lr 1e-3 --holdout 0.15 --workers 0 --cache ram)
+  finetune=(--epochs 3 --drop-epoch 2 --batch-size 32 --crop 32 --lr 3e-4 --classifier-lr 3e-3 --workers 0 --cache ram)
   probe=(--crop 32 --workers 0)
 fi
 mkdir -p "$out"
