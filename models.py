@@ -8,6 +8,7 @@ This file can be copied alone; it needs torch and torchvision.
 """
 import argparse
 import hashlib
+import io
 import json
 import os
 import re
@@ -229,13 +230,14 @@ def save_checkpoint(path, model, **content):
                "encoders": {name: encoder.state_dict() for name, encoder in model.encoders.items()},
                "heads": {name: head.state_dict() for name, head in model.heads.items()},
                "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
-    temporary = path.with_suffix(".tmp")
+    temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
+    torch.save(content, buffer)  # to memory, since its writer does not always say clearly that a disk is full
     try:
         with open(temporary, "wb") as handle:
-            torch.save(content, handle)
+            handle.write(buffer.getbuffer())
             handle.flush()
             os.fsync(handle.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+    except OSError as error:
         temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be written ({reason}); the one before it is kept. Free space and start "
