@@ -73,11 +73,11 @@ class BadPatch(DataError):
 def run(main, *errors):
     """Run a script's `main`; a DataError, an OSError or one of `errors` ends it with one line and exit status 2."""
     try:
-        main()
+        return main()
     except (DataError, OSError, *errors) as error:
         line = str(error).strip().splitlines()[-1]  # an error of a worker process comes with its traceback before it
-        print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)
-        sys.exit(2)
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # here main's progress bars are gone
+    sys.exit(2)
 
 
 def positive(text):
@@ -91,14 +91,12 @@ def positive(text):
 
 def classes_from_dfc(codes):
     """DFC2020 codes (simplified IGBP, 1-10), any shape -> uint8 classes 0-7 in the order of CLASSES, else 255."""
-    codes = np.asarray(codes)
-    return DFC_TO_CLASS[np.where((codes >= 0) & (codes < 256), codes, 0).astype(np.uint8)]
+    return DFC_TO_CLASS[np.clip(codes, 0, 255)]
 
 
 def classes_from_igbp(codes):
     """IGBP codes (1-17, layer 1 of SEN12MS `lc`), any shape -> uint8 classes 0-7 in the order of CLASSES, else 255."""
-    codes = np.asarray(codes)
-    return DFC_TO_CLASS[IGBP_TO_DFC[np.where((codes >= 0) & (codes < 256), codes, 0).astype(np.uint8)]]
+    return DFC_TO_CLASS[IGBP_TO_DFC[np.clip(codes, 0, 255)]]
 
 
 def class_counts(classes):
@@ -315,31 +313,28 @@ def scan(places, shape, workers=None, done=0):
 
 
 def band_sums(s1, s2):
-    """[sum, sum of squares, lowest, highest], each over the bands, as integers: exact for patches of up to 1448 px."""
+    """[sum, sum of squares, lowest, highest], each a list over the bands of one patch, as exact integers."""
     sums = [], [], [], []
-    for array in (s1, s2):
-        flat = array.reshape(len(array), -1)
-        exact = flat.astype(np.float64)
-        square = np.einsum("ij,ij->i", exact, exact)  # no BLAS: its threads would fight with the other workers
-        for values, more in zip(sums, (exact.sum(1), square, flat.min(1), flat.max(1))):
-            values += map(int, more)
+    for band in itertools.chain(s1, s2):
+        exact = band.ravel().astype(np.float64)
+        square = np.einsum("i,i->", exact, exact)  # no BLAS: its threads would fight with the other workers
+        for values, value in zip(sums, (exact.sum(), square, band.min(), band.max())):
+            values.append(int(value))
     return sums
 
 
 def add_sums(a, b):
     """Two results of band_sums, or None and one -> that of both."""
     joined = (int.__add__, int.__add__, min, max)
-    return b if a is None else [[f(x, y) for x, y in zip(*rows)] for f, *rows in zip(joined, a, b)]
+    return b if a is None else [list(map(f, *rows)) for f, *rows in zip(joined, a, b)]
 
 
 def statistics(sums, pixels):
     """band_sums over so many pixels -> per band mean, standard deviation, lowest and highest, in dB for S1 and
     reflectance x 10,000 for S2."""
-    unit = [100] * len(S1_BANDS) + [1] * (len(sums[0]) - len(S1_BANDS))
-    total, square, lowest, highest = sums
-    return {"mean": [s / pixels / u for s, u in zip(total, unit)],
-            "std": [math.sqrt(pixels * q - s * s) / pixels / u for s, q, u in zip(total, square, unit)],
-            "lowest": [v / u for v, u in zip(lowest, unit)], "highest": [v / u for v, u in zip(highest, unit)]}
+    values = [(s / pixels, math.sqrt(pixels * q - s * s) / pixels, low, high) for s, q, low, high in zip(*sums)]
+    values = [[v / (100 if band < len(S1_BANDS) else 1) for v in own] for band, own in enumerate(values)]
+    return dict(zip(("mean", "std", "lowest", "highest"), zip(*values)))
 
 
 def refuse_bad(tree, left_out, count, max_bad):
@@ -395,15 +390,14 @@ def reserve(store, files):
     free = shutil.disk_usage(store).free + sum(path.stat().st_blocks * 512 for path in files if path.exists())
     try:
         if needed > free:
-            raise OSError
+            raise OSError(errno.ENOSPC, "")
         for path, (_, size) in files.items():
             with open(path, "ab") as handle:
                 os.posix_fallocate(handle.fileno(), 0, size)
     except OSError as error:
-        if not (store / "progress.jsonl").exists():
-            for path in files:
-                path.unlink(missing_ok=True)
-        if error.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        for path in files if not (store / "progress.jsonl").exists() else ():
+            path.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DataError(f"{store}: the store needs {needed:,} bytes, {free:,} are free (a quota may allow less): choose "
                         "another disk, or fewer patches with --seasons or --limit") from None
@@ -474,10 +468,9 @@ def pack(tree, store, workers=None, seasons=None, limit=None, max_bad=0.01):
     try:
         store.mkdir(parents=True, exist_ok=True)
         with open(store / "lock", "w") as lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by this process alone, not by its workers
-            except BlockingIOError:
-                raise DataError(f"{store}: another packing is writing it: wait, or choose another folder") from None
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held by this process alone, not by its workers
+            if not os.fstat(lock.fileno()).st_nlink:  # the packing before ended just now
+                raise BlockingIOError
             try:
                 if (store / "index.json").exists():
                     print(f"{store}: packed before, nothing is written")
@@ -489,6 +482,8 @@ def pack(tree, store, workers=None, seasons=None, limit=None, max_bad=0.01):
                 (store / "progress.jsonl").unlink(missing_ok=True)
             finally:
                 (store / "lock").unlink()
+    except BlockingIOError:
+        raise DataError(f"{store}: another packing is writing it: wait, or choose another folder") from None
     except OSError as error:
         raise DataError(f"{store}: {error.strerror}: mend that, or choose another folder") from None
     return index
@@ -514,30 +509,28 @@ def read_index(store):
 
 # ---------------------------------------------------------------------------------------------- read and crop
 
-def empty(n, s1_bands, s2_bands, height, width):
-    """Uninitialised s1, s2, classes arrays for n patches or crops."""
-    shapes = (n, s1_bands, height, width), (n, s2_bands, height, width), (n, height, width)
-    return [np.empty(shape, dtype) for shape, dtype in zip(shapes, (np.int16, np.uint16, np.uint8))]
-
-
 class Buffers:
     """Memory for batches of s1, s2, classes, used in turn, since to get new memory from the system takes longer than to
     fill it: a batch is overwritten when RING more have been asked for."""
 
     def __init__(self, s1_bands, s2_bands):
-        self.s1_bands, self.s2_bands, self.owner = s1_bands, s2_bands, None
+        self.bands, self.made_for = (s1_bands, s2_bands), None
 
-    def next(self, n, height, width):
-        """-> uninitialised tensors, shapes as of empty()."""
-        if self.owner != (os.getpid(), height, width):  # what a worker inherits is not shared
-            self.owner, self.ring = (os.getpid(), height, width), []
-        batch = self.ring.pop(0) if len(self.ring) == RING else None
-        if batch is None or len(batch[0]) < n:
-            batch = [torch.from_numpy(array) for array in empty(n, self.s1_bands, self.s2_bands, height, width)]
-            if get_worker_info():
-                batch = [tensor.share_memory_() for tensor in batch]  # the main process reads it where it is
-        self.ring.append(batch)
-        return [tensor[:n] for tensor in batch]
+    def next(self, n, *size):
+        """-> uninitialised tensors s1 (n, c1, h, w), s2 (n, c2, h, w), classes (n, h, w). size: h, w."""
+        made_for = os.getpid(), *size  # what a worker inherits is not shared
+        if self.made_for != made_for or n > len(self.ring[0][0]):
+            self.made_for, self.ring = made_for, [empty(n, *self.bands, *size) for _ in range(RING)]
+            if get_worker_info():  # the main process reads them where they are
+                self.ring = [[tensor.share_memory_() for tensor in batch] for batch in self.ring]
+        self.ring.append(self.ring.pop(0))
+        return [tensor[:n] for tensor in self.ring[-1]]
+
+
+def empty(n, s1_bands, s2_bands, *size):
+    """Uninitialised tensors of s1, s2, classes for n patches or crops."""
+    shapes = {torch.int16: (n, s1_bands, *size), torch.uint16: (n, s2_bands, *size), torch.uint8: (n, *size)}
+    return [torch.empty(shape, dtype=dtype) for dtype, shape in shapes.items()]
 
 
 class Patches:
@@ -638,14 +631,14 @@ class Patches:
         if needed > free:
             raise DataError(f"--cache {cache}: {self.path} takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free: "
                             "leave the option out")
-        arrays, whole = empty(len(self), *map(len, self.bands.values()), *self.size), [slice(0, side) for side in self.size]
+        tensors = s1, s2, classes = empty(len(self), *map(len, self.bands.values()), *self.size)
+        arrays, whole = [tensor.numpy() for tensor in tensors], [slice(0, side) for side in self.size]
         for row in tqdm(range(len(self)), desc="into memory", unit="patch", delay=1):
             for array, values in zip(arrays, self.window(row, *whole)):
                 array[row] = values
         self.places, self.arrays, self.picks, self.files = None, arrays, [slice(None)] * 2, ()
         if cache == "device":  # torch can do little with uint16: the same bits as int16
-            arrays = arrays[0], arrays[1].view(np.int16), arrays[2][:, None]
-            self.tensors, self.arrays = [torch.from_numpy(array).to(device) for array in arrays], ()
+            self.tensors, self.arrays = [x.to(device) for x in (s1, s2.view(torch.int16), classes[:, None])], ()
         return self
 
 
@@ -729,6 +722,14 @@ class GridCrops(Crops):
         return *self.patches.crops(rows, tops, lefts, self.size), torch.from_numpy(rows)
 
 
+class CentreCrops(GridCrops):
+    """The middle of each of the given patches."""
+
+    def __init__(self, patches, rows, size, batch_size):
+        super().__init__(patches, rows, size, batch_size)
+        self.places = np.array([[(side - size) // 2 for side in patches.size]])
+
+
 def processes(workers, jobs):
     """Worker processes to start for some jobs. workers: None for one per core, at most 8; 0 for none."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun's
@@ -748,21 +749,7 @@ def loader(dataset, items, workers=None, device=None):
         return (dataset[item] for item in items)
     cuda = device is not None and device.type == "cuda"
     batches = make_loader(dataset, items, workers, pin_memory=cuda)
-    return look_ahead(batches, device) if cuda else iter(batches)
-
-
-def look_ahead(batches, device):
-    """Batches on a CUDA device, each copied there while the one before is computed with."""
-    main, side, following = torch.cuda.current_stream(device), torch.cuda.Stream(device), []
-    for batch in itertools.chain(batches, [[]]):
-        main.wait_stream(side)
-        ready = following
-        with torch.cuda.stream(side):
-            following = [tensor.to(device, non_blocking=True) for tensor in batch]
-        for tensor in ready:
-            tensor.record_stream(main)  # else its memory is free for the next copy before the work on it is done
-        if ready:
-            yield ready
+    return ([tensor.to(device, non_blocking=True) for tensor in batch] for batch in batches) if cuda else iter(batches)
 
 
 # ---------------------------------------------------------------------------------------------- command line

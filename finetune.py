@@ -75,24 +75,6 @@ def train(model, patches, rows, scaling, task, seed, args, name):
                                  "--lr or --precision float32")
 
 
-@torch.no_grad()
-def test(model, patches, rows, scaling, task, args):
-    """Crops that cover the patches `rows` -> (labels, logits) of those that have a label, as arrays."""
-    device, grid = torch.device(args.device), data.GridCrops(patches, rows, args.crop, args.batch_size)
-    cast, labels, logits = models.autocast(args.precision, device), [], []
-    model.eval()
-    for s1, s2, classes, _ in tqdm(data.loader(grid, range(len(grid)), args.workers, device), total=len(grid),
-                                   desc="testing", unit="batch", leave=False, delay=1):
-        with cast:
-            logits.append(model(*data.to_input(s1, s2, **scaling)).float())
-        labels.append(data.single_label(classes) if task == "single" else data.multi_label(classes))
-    labels, logits = torch.cat(labels).cpu().numpy(), torch.cat(logits).cpu().numpy()
-    if not np.isfinite(logits).all():
-        raise data.DataError("the trained network gives values that are not finite: try a lower --lr or --precision float32")
-    has = labels != data.IGNORE if task == "single" else labels.any(1)
-    return labels[has], logits[has]
-
-
 def make_classifier(method, patches, content, args, seed):
     """-> Classifier of a method, its encoders from a checkpoint's content if there is one, else drawn by the seed."""
     torch.manual_seed(seed)
@@ -122,9 +104,10 @@ def main():
                 model, start = make_classifier(args.method, patches, content, args, seed), time.perf_counter()
                 name = f"{args.method} {task} {fraction:.0%} seed {seed}"
                 train(model, patches, train_rows[chosen], scaling, task, seed, args, name)
-                labels, logits = test(model, patches, test_rows, scaling, task, args)
-                scores = linear_eval.score(task, labels, logits)
-                counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen), "test_crops": len(labels)}
+                found = linear_eval.extract(model, scaling, patches, test_rows, args)
+                has = linear_eval.labelled(found, task)
+                scores = linear_eval.score(task, found[task][has], found["logits"][has])
+                counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen), "test_crops": int(has.sum())}
                 results.add(run, scores, counts=counts, seconds=round(time.perf_counter() - start, 1),
                             simulated=patches.simulated or content.get("simulated", False))
 

@@ -171,23 +171,29 @@ class BandStatistics(nn.Module):
 
 
 @torch.no_grad()
-def extract(encoders, scaling, patches, rows, args):
-    """Run frozen encoders over the crops that cover the patches `rows` -> {"s1": (n, D) float32, ..., "single": (n,),
-    "multi": (n, 8), "row": (n,) the crop's patch}; crops patch by patch. CheckpointError where they are not finite."""
+def extract(network, scaling, patches, rows, args):
+    """Run encoders or a classifier over the crops that cover the patches `rows` -> {"s1": (n, D) float32, "s2": (n, D)
+    or "logits": (n, 8), "single": (n,), "multi": (n, 8), "row": (n,) the crop's patch}; crops patch by patch.
+    DataError where the network's values are not finite."""
     device, grid, parts = torch.device(args.device), data.GridCrops(patches, rows, args.crop, args.batch_size), []
-    cast = models.autocast(args.precision, device)
-    encoders = encoders.to(device, memory_format=torch.channels_last)
+    cast, network = models.autocast(args.precision, device), network.to(device, memory_format=torch.channels_last).eval()
     for s1, s2, classes, row in tqdm(data.loader(grid, range(len(grid)), args.workers, device), total=len(grid),
-                                     desc="features", unit="batch", delay=1):
+                                     desc="over all crops", unit="batch", leave=False, delay=1):
+        inputs = data.to_input(s1, s2, **scaling)
         with cast:
-            features = models.encode(encoders, *data.to_input(s1, s2, **scaling))
-        part = {name: models.pooled(f).float() for name, f in features.items()}
+            found = models.encode(network, *inputs) if isinstance(network, nn.ModuleDict) else {"logits": network(*inputs)}
+        part = {name: models.pooled(values).float() for name, values in found.items()}
+        if not all(values.isfinite().all() for values in part.values()):
+            raise data.DataError(f"{args.checkpoint or args.method}: values that are not finite on the crops of "
+                                 f"{patches.path}: try --precision float32, or a lower --lr")
         part |= {"single": data.single_label(classes), "multi": data.multi_label(classes), "row": row}
         parts.append({key: value.cpu().numpy() for key, value in part.items()})
-    found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-    if not all(np.isfinite(found[name]).all() for name in encoders):
-        raise models.CheckpointError(f"{args.checkpoint}: the features are not finite: try --precision float32")
-    return found
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def labelled(part, task):
+    """What extract() gives -> (n,) whether a crop has a label."""
+    return part["single"] != IGNORE if task == "single" else part["multi"].any(1)
 
 
 def features_of(encoders, scaling, patches, rows, args, identity):
@@ -299,8 +305,7 @@ def probe(train, test, names, task, chosen, labels, seed, args):
     """Fit on the training crops of the rows `chosen` (repeats counted as weights), predict the test crops.
     names: the encoders whose features are used -> (scores, what else to report)."""
     device, times = torch.device(args.device), np.bincount(chosen, minlength=len(labels))
-    labelled = [part["single"] != IGNORE if task == "single" else part["multi"].any(1) for part in (train, test)]
-    use, tested = np.flatnonzero((times[train["row"]] > 0) & labelled[0]), np.flatnonzero(labelled[1])
+    use, tested = np.flatnonzero((times[train["row"]] > 0) & labelled(train, task)), np.flatnonzero(labelled(test, task))
     x, queries = (torch.from_numpy(np.concatenate([part[name][at] for name in names], 1)).to(device)
                   for part, at in ((train, use), (test, tested)))
     y, weight = torch.from_numpy(train[task][use]).to(device), torch.from_numpy(times[train["row"][use]]).to(x)
@@ -440,13 +445,11 @@ def as_csv(lines):
     """Every number of every run, one per line."""
     keys = ("method", "protocol", "baseline", "probe", "sensors", "checkpoint", "data", "task", "label_fraction",
             "seed", "simulated")
-    text = ",".join((*keys, "metric", "value")) + "\n"
+    rows = [(*keys, "metric", "value")]
     for line in lines:
-        run = ",".join(str(line[key]) if line.get(key) is not None else "" for key in keys)
-        for key, name in ((*enumerate(CLASSES), ("average", "average"), ("overall", "overall"))):
-            value, = column([line], key)
-            text += f"{run},{name},{'' if value is None else value}\n"
-    return text
+        numbers = dict(zip(CLASSES, line["class"])) | {key: line[key] for key in ("average", "overall")}
+        rows += [(*map(line.get, keys), name, value) for name, value in numbers.items()]
+    return "".join(",".join("" if value is None else str(value) for value in row) + "\n" for row in rows)
 
 
 def new_figure(*args, **kwargs):
@@ -560,19 +563,19 @@ def retrieve(args, content):
             model.heads[name].load_state_dict(content["heads"][name])
         else:
             model.heads[name] = nn.Identity()
-    model, (top, left) = model.to(device).eval(), ((side - args.crop) // 2 for side in patches.size)
+    model = model.to(device).eval()
     rows = np.flatnonzero(patches.splits == "test")
     if not len(rows):  # the scenes that pretraining held out of these data
         rows = data.split_scenes(patches, content["args"].get("holdout", 1))[1]
-    rows, embeddings = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)], []
-    for part in np.array_split(rows, math.ceil(len(rows) / args.batch_size)):
-        s1, s2, _ = patches.crops(part, [top] * len(part), [left] * len(part), args.crop)
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
+    centres, embeddings = data.CentreCrops(patches, rows, args.crop, args.batch_size), []
+    for s1, s2, *_ in data.loader(centres, range(len(centres)), args.workers, device):
         with models.autocast(args.precision, device):
-            embeddings.append(model(*data.to_input(s1.to(device), s2.to(device), **scaling)))
-    similarity = model.similarity(*(torch.cat(part) for part in zip(*embeddings)))
+            embeddings.append(model(*data.to_input(s1, s2, **scaling)))
+    similarity = model.similarity(*map(torch.cat, zip(*embeddings)))
     nearest, found = similarity.topk(min(5, len(rows)), 1).indices.tolist(), models.retrieval(similarity)
     patches.select(patches.index["bands"])
-    y, x = slice(top, top + args.crop), slice(left, left + args.crop)
+    y, x = (slice(start, start + args.crop) for start in centres.places[0])
     queries = np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))
     figure, axes = new_figure(6, len(queries), figsize=(1.1 * len(queries) + 0.6, 7.4), squeeze=False)
     for axis in axes.flat:

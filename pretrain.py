@@ -139,20 +139,17 @@ def forward_backward(network, ready, cast, loss_of, parts, rank, world):
 def held_out_retrieval(model, patches, rows, args, stats, device, cast):
     """Retrieval among the centre crops of held-out places, at most 1,000 of them -> dict for the log and checkpoint."""
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
-    top, left = ((side - args.crop) // 2 for side in patches.size)
-    a, b = [], []
+    centres, embeddings = data.CentreCrops(patches, rows, args.crop, 100), []
     model.eval()
-    for part in np.array_split(rows, math.ceil(len(rows) / 100)):
-        s1, s2, _ = (x.to(device) for x in patches.crops(part, [top] * len(part), [left] * len(part), args.crop))
+    for batch in range(len(centres)):
+        s1, s2, *_ = (x.to(device) for x in centres[batch])
+        views = data.to_input(s1, s2, args.scale, stats)
         if args.method == "simclr-rgb":  # one sensor: which of the candidates was this half's other half cut from?
-            views = data.to_input(s1, s2, args.scale, stats)[1].split(args.crop // 2, dim=3)[:2]
-        else:
-            views = data.to_input(s1, s2, args.scale, stats)
+            views = views[1].split(args.crop // 2, dim=3)[:2]
         with cast:
-            for keep, embedding in zip((a, b), model(*views)):
-                keep.append(embedding)
+            embeddings.append(model(*views))
     model.train()
-    similarity = model.similarity(torch.cat(a), torch.cat(b))
+    similarity = model.similarity(*map(torch.cat, zip(*embeddings)))
     there, back = ("left_to_right", "right_to_left") if args.method == "simclr-rgb" else ("s1_to_s2", "s2_to_s1")
     return {"candidates": len(rows), there: models.retrieval(similarity), back: models.retrieval(similarity.T)}
 
@@ -221,8 +218,14 @@ def shielded(loader, *arguments):
         feed = loader(*arguments)
         first = next(feed)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP)
-    readers = multiprocessing.active_children()  # deaf to the SIGTERM by which Python ends them at its exit
-    multiprocessing.util.Finalize(None, lambda: [reader.kill() for reader in readers], exitpriority=1)
+    readers = multiprocessing.active_children()
+
+    def end():  # they are deaf to the SIGTERM by which Python ends them at its exit
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch takes their death for a failure
+        for reader in readers:
+            reader.kill()
+
+    multiprocessing.util.Finalize(None, end, exitpriority=1)
     yield first
     yield from feed
 

@@ -134,7 +134,7 @@ def data_path():
                             "pack": lambda k: data.pack(tree, folder / f"store {k}", 2)}, len(places), 3)
         store = folder / "store 0"
         patches, from_tree, ram = data.open_data(store), data.open_data(tree, workers=2), data.open_data(store, cache="ram")
-        s1, s2, classes = data.empty(batch, 2, 13, side, side)
+        s1, s2, classes = (x.numpy() for x in data.empty(batch, 2, 13, side, side))
         classes[:] = data.IGNORE
 
         def bare(step):

@@ -1,15 +1,25 @@
-"""Fixtures: simulated trees, a finished pretraining, the shared reference data, scripts run as a user runs them."""
+"""Fixtures: simulated trees, the shared reference data, scripts run as a user runs them."""
+import multiprocessing.forkserver
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import simulate
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once for all the processes that tests start
+CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot", "rasterio", "torch._dynamo"])
+
+
+def pytest_sessionstart():
+    multiprocessing.forkserver.ensure_running()  # imports while the first tests run
 
 
 @pytest.fixture(scope="session")
@@ -29,10 +39,34 @@ def trees(tmp_path_factory):
     return out
 
 
-def user(script, *args, cwd=ROOT, **kwargs):
-    """Run a script of the project in a process of its own -> CompletedProcess with text output."""
-    return subprocess.run([sys.executable, str(ROOT / script), *map(str, args)], cwd=cwd, text=True, check=False,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600, **kwargs)
+def as_main(script, args, folder):
+    """In a process of its own: the script, its output into files of the folder."""
+    multiprocessing.set_start_method("fork", force=True)  # for its readers, as in a process that a user starts
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    torch.set_num_threads(1)
+    sys.argv = [script, *map(str, args)]
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def users(*commands):
+    """Run scripts of the project, each (script, *arguments) in a process of its own and all at a time -> a
+    CompletedProcess with text output for each."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [tempfile.mkdtemp(dir=folder) for _ in commands]
+        processes = [CONTEXT.Process(target=as_main, args=(script, args, place))
+                     for (script, *args), place in zip(commands, folders)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(600)
+        return [subprocess.CompletedProcess(command, process.exitcode, *(Path(place, n).read_text() for n in ("out", "err")))
+                for command, process, place in zip(commands, processes, folders)]
+
+
+def user(script, *args):
+    """One of users()."""
+    return users((script, *args))[0]
 
 
 def call(monkeypatch, module, *args):

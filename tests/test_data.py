@@ -2,8 +2,6 @@
 import json
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +9,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import ROOT, call
+from conftest import call, user
 
 import data
 
@@ -391,7 +389,7 @@ def test_commands(tmp_path, rng, monkeypatch, capsys):
 
 
 def test_error_in_one_line(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "data.py", "check", tmp_path], capture_output=True, text=True, check=False)
+    done = user("data.py", "check", tmp_path)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"data.py: error: {tmp_path}: no pairs found")
 

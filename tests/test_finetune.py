@@ -45,14 +45,14 @@ def test_each_pretrained_row_is_fine_tuned(tmp_path, trees, monkeypatch, method)
 
 def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, trees, monkeypatch):
     options = ("--method", "only-s1", "--seeds", 2, "--task", "single", "multi")
-    logits, test = [], finetune.test
-    monkeypatch.setattr(finetune, "test", lambda *args: logits.append(test(*args)) or logits[-1])
+    logits, extract = [], linear_eval.extract
+    monkeypatch.setattr(linear_eval, "extract", lambda *args: logits.append(extract(*args)) or logits[-1])
     first = tune(monkeypatch, trees / "dfc2020", tmp_path / "a", *options)
     second = tune(monkeypatch, trees / "dfc2020", tmp_path / "b", *options, "--cache", "ram")
     assert len(first) == 4 and len(logits) == 8
-    assert all(np.array_equal(a[1], b[1]) for a, b in zip(logits[:4], logits[4:]))
+    assert all(np.array_equal(a["logits"], b["logits"]) for a, b in zip(logits[:4], logits[4:]))
     assert [line["class"] for line in first] == [line["class"] for line in second]
-    assert not np.array_equal(logits[0][1], logits[1][1])  # another seed
+    assert not np.array_equal(logits[0]["logits"], logits[1]["logits"])  # another seed
     monkeypatch.setattr(finetune, "train", None)
     assert tune(monkeypatch, trees / "dfc2020", tmp_path / "a", *options) == first
 

@@ -19,15 +19,13 @@ import pytest
 import rasterio
 import torch
 import torch.distributed as dist
-from conftest import ROOT
+from conftest import CONTEXT, ROOT
 from torch import nn
 
 import data
 import models
 import pretrain
 
-CONTEXT = multiprocessing.get_context("forkserver")  # one import of torch for all the runs below
-CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot", "rasterio", "torch._dynamo"])
 MMA = ["--method", "mma", "--epochs", 3, "--batch-size", 8, "--crop", 16, "--holdout", 0.25, "--eval-every", 1,
        "--log-every", 2, "--lr", 1e-4, "--constant-epochs", 1, "--temperature", 0.2]  # 6 steps an epoch
 STEPS = 18
@@ -48,11 +46,10 @@ def script(argv, says, environment=(), trouble=None):
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = ["pretrain.py", *map(str, argv)]
-    with open(says, "w", buffering=1) as handle:
-        sys.stdout = sys.stderr = handle
-        if trouble:
-            trouble()
-        data.run(pretrain.main, models.CheckpointError, OSError)
+    sys.stdout = sys.stderr = open(says, "w", buffering=1)  # noqa: SIM115  (to the end of the process)
+    if trouble:
+        trouble()
+    data.run(pretrain.main, models.CheckpointError, OSError)
 
 
 def start(argv, out, says=None, **more):
