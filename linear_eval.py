@@ -556,11 +556,13 @@ def retrieve(args, content):
         raise models.CheckpointError(f"{args.checkpoint}: --retrieve: {content['method']} lacks a sensor")
     args.cache = None  # the bands that the picture shows are not always those that the encoders see
     patches, device = open_for(args, content), torch.device(args.device)
-    model = models.Contrastive(content["method"], content["bands"], content["arch"])
+    heads = content["heads"]  # without them, as of some released weights, by the encoders' features
+    width = {"width": len(heads["s1"]["2.weight"])} if heads else {}
+    model = models.Contrastive(content["method"], content["bands"], content["arch"], **width)
     model.encoders, scaling = models.load_encoders(content)
     for name in model.heads:
-        if content["heads"]:
-            model.heads[name].load_state_dict(content["heads"][name])
+        if heads:
+            model.heads[name].load_state_dict(heads[name])
         else:
             model.heads[name] = nn.Identity()
     model = model.to(device).eval()

@@ -7,6 +7,7 @@
 This file can be copied alone; it needs torch and torchvision.
 """
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -26,6 +27,7 @@ S2_BANDS = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", 
 RGB = ["B4", "B3", "B2"]
 CHECKPOINT_FORMAT = 1
 
+ARCHITECTURES = {"resnet18": resnet18, "resnet50": resnet50}
 # The rows of the tables, in the poster's order: what each encoder sees, and whether it can be pretrained.
 METHODS = {
     "only-s1": {"title": "OnlySen-1", "inputs": ("s1",), "pretrained": False},
@@ -46,7 +48,7 @@ class CheckpointError(Exception):
 
 def resnet(arch, bands):
     """torchvision's `resnet18` or `resnet50` for (N, bands, h, w) input, random weights; gives (N, 512 or 2048)."""
-    network = {"resnet18": resnet18, "resnet50": resnet50}[arch](weights=None)
+    network = ARCHITECTURES[arch](weights=None)
     network.conv1 = nn.Conv2d(bands, 64, kernel_size=7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
     network.features = network.fc.in_features
@@ -262,11 +264,16 @@ def load_checkpoint(path):
     if not isinstance(content, dict):
         content = {}
     if isinstance(content.get("state_dict"), dict):  # the authors' ResNets: backbone1.* is S1, backbone2.* is S2
-        encoders = {sensor: {key.removeprefix(prefix): value for key, value in content["state_dict"].items()
-                             if key.startswith(prefix) and not key.startswith(f"{prefix}fc.")}  # fc.*: the heads
-                    for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2."))}
+        parts = {sensor: {key.removeprefix(prefix): value for key, value in content["state_dict"].items()
+                          if key.startswith(prefix)} for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2."))}
+        encoders = {sensor: {key: value for key, value in part.items() if not key.startswith("fc.")}
+                    for sensor, part in parts.items()}
+        heads = {sensor: {key.removeprefix("fc."): value for key, value in part.items() if key.startswith("fc.")}
+                 for sensor, part in parts.items()}  # fc.0, fc.2: the layers of our heads
         arch = "resnet50" if "layer1.0.conv3.weight" in encoders["s1"] else "resnet18"
         content = {**RELEASED, "method": "d-simclr", "arch": arch, "encoders": encoders}
+        if all(head.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"} for head in heads.values()):
+            content["heads"] = heads
     elif "s1_model_weights" in content and "s2_model_weights" in content:
         encoders = {"s1": content["s1_model_weights"], "s2": content["s2_model_weights"]}
         content = {**RELEASED, "method": "mma", "encoders": encoders}
@@ -280,18 +287,21 @@ def refuse_unfit(path, content):
     """Raise CheckpointError where weights or a statistic are missing, or do not fit the bands that are named."""
     if missing := [key for key in ("method", "bands", "encoders", *RELEASED) if key not in content]:
         raise CheckpointError(f"{path}: a checkpoint without {', '.join(missing)}")
+    for key, known in (("method", METHODS), ("arch", ARCHITECTURES), ("scale", SCALING)):
+        if content[key] not in known:
+            raise CheckpointError(f"{path}: {key} {content[key]!r} is not one of {', '.join(known)}")
     for sensor in METHODS[content["method"]]["inputs"]:
         bands, weights = content["bands"][sensor], content["encoders"].get(sensor, {})
         first = weights.get("conv1.weight", weights.get("convs1.layers.0.weight"))
         if first is None:
             raise CheckpointError(f"{path}: no weights for {sensor}")
-        takes = first.shape[1]
-        if takes != len(bands):
-            raise CheckpointError(f"{path}: the weights for {sensor} take {takes} bands, not the {len(bands)} that it "
-                                  f"names: {' '.join(bands)}")
-        for key in ("mean", "std") if content["scale"] == "standard" else ():
-            if len(((content["stats"] or {}).get(sensor) or {}).get(key) or ()) != len(bands):
-                raise CheckpointError(f"{path}: scale `standard` without the {key} of every band of {sensor}")
+        if first.shape[1] != len(bands):
+            raise CheckpointError(f"{path}: the weights for {sensor} take {first.shape[1]} bands, not the {len(bands)} "
+                                  f"that it names: {' '.join(bands)}")
+        stats = (content["stats"] or {}).get(sensor) or {}
+        if lost := [key for key in ("mean", "std") if len(stats.get(key) or ()) != len(bands)] \
+                if content["scale"] == "standard" else ():
+            raise CheckpointError(f"{path}: scale `standard` without the {lost[0]} of every band of {sensor}")
 
 
 def load_encoders(checkpoint):
@@ -329,7 +339,10 @@ def export(checkpoint, out, results=None):
     content, out = load_checkpoint(checkpoint), Path(out)
     encoders, _ = load_encoders(content)
     identity = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12]  # as in results.jsonl
-    lines = [json.loads(line) for line in Path(results).read_text().splitlines()] if results else []
+    lines = []
+    for line in Path(results).read_text().splitlines() if results else ():
+        with contextlib.suppress(ValueError):  # a kill may have cut one off
+            lines.append(json.loads(line))
     keep = ("protocol", "task", "label_fraction", "seed", "average", "overall")
     card = {"method": METHODS[content["method"]]["title"], "simulated": content["simulated"],
             "scale": content["scale"], "scaling": SCALING[content["scale"]], "sensors": {},

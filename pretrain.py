@@ -65,7 +65,10 @@ def arguments():
     add("--log-every", type=data.positive, default=10, help="steps between lines of log.jsonl (default %(default)s)")
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/{args.method}")
-    args.temperature = args.temperature or (0.1 if args.method == "mma" else 0.07)
+    if args.temperature is None:
+        args.temperature = 0.1 if args.method == "mma" else 0.07
+    if not (args.temperature > 0 and 0 <= args.holdout < 1 and args.lr >= 0):
+        parser.error("--temperature is above 0, --holdout a share below 1, --lr not negative")
     return args
 
 

@@ -8,9 +8,11 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, call, user
 
 import data
+import finetune
 import linear_eval
 import models
 from data import CLASSES, IGNORE
@@ -232,7 +234,7 @@ def test_training_and_test_patches_are_disjoint(trees):
                               precision="auto", device="cpu", data=trees / "dfc2020", label_fraction=[1.0], label_sampling="patches")
     patches, train, test, _ = linear_eval.open_labelled(args, {})
     ids = np.array(patches.ids)
-    assert len(train) == 32 and len(test) == 48 and not set(ids[train]) & set(ids[test])
+    assert len(train) == 32 and len(test) == 24 and not set(ids[train]) & set(ids[test])
     assert all("validation" in name for name in ids[train]) and all("test" in name for name in ids[test])
 
 
@@ -411,7 +413,7 @@ def test_embeddings_do_not_depend_on_batches_and_workers(tmp_path, trees, checkp
     other = embeddings(monkeypatch, checkpoint, tree, tmp_path / "other", "--batch-size", 100, "--workers", 2)
     patches = data.open_data(trees / "dfc2020", workers=0)
     assert one["ids"].tolist() == patches.ids and one["labels"].tolist() == patches.labels.tolist() and one["simulated"]
-    assert one["s1"].shape == one["s2"].shape == (80, 512)
+    assert one["s1"].shape == one["s2"].shape == (56, 512)
     for sensor in ("s1", "s2"):
         np.testing.assert_allclose(one[sensor], other[sensor], rtol=0, atol=1e-5)
     encoders, scaling = models.load_encoders(checkpoint)
@@ -423,9 +425,11 @@ def test_embeddings_do_not_depend_on_batches_and_workers(tmp_path, trees, checkp
         np.testing.assert_allclose(one[sensor][5], expected[sensor].mean(0), rtol=0, atol=1e-5)
 
 
-def test_authors_weights_are_taken_as_they_are(tmp_path, trees, monkeypatch):
+def test_authors_weights_are_taken_as_they_are(tmp_path, trees, monkeypatch, capsys):
     nets = {sensor: models.resnet("resnet18", bands) for sensor, bands in (("1", 2), ("2", 13))}
     weights = {f"backbone{k}.{key}": value for k, net in nets.items() for key, value in net.state_dict().items()}
+    heads = {k: torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64)) for k in "12"}
+    weights |= {f"backbone{k}.fc.{key}": value for k, head in heads.items() for key, value in head.state_dict().items()}
     torch.save({"state_dict": weights}, tmp_path / "released.pth")
     found = embeddings(monkeypatch, tmp_path / "released.pth", trees / "dfc2020", tmp_path / "out.npz", "--crop", 32,
                        "--workers", 0)
@@ -435,6 +439,30 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, trees, monkeypatch):
     with torch.no_grad():
         np.testing.assert_allclose(found["s1"][9], nets["1"].eval()(s1).mean(0), rtol=0, atol=1e-5)
         np.testing.assert_allclose(found["s2"][9], nets["2"].eval()(s2).mean(0), rtol=0, atol=1e-5)
+        rows, (y, x) = np.flatnonzero(patches.splits == "test"), (4, 4)  # --retrieve: centre crops through the heads
+        a, b = data.to_input(*patches.crops(rows, [y] * len(rows), [x] * len(rows), 32)[:2], "patch-max")
+        a, b = (F.normalize(heads[k](nets[k](v))) for k, v in (("1", a), ("2", b)))
+    capsys.readouterr()
+    call(monkeypatch, linear_eval, "--checkpoint", tmp_path / "released.pth", "--data", trees / "dfc2020", "--crop", 32,
+         "--workers", 0, "--retrieve", tmp_path / "out.png")
+    assert f"median rank {models.retrieval(a @ b.T)['median']:g}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch, method", [("resnet18", "d-simclr"), ("vgg", "mma")])
+def test_authors_weights_are_probed_and_fine_tuned(tmp_path, trees, monkeypatch, arch, method):
+    nets = models.make_encoders(method, {"s1": models.S1_BANDS, "s2": models.S2_BANDS})
+    content = {f"{sensor}_model_weights": net.state_dict() for sensor, net in nets.items()}
+    if method == "d-simclr":
+        content = {"state_dict": {f"backbone{k}.{key}": value for k, net in zip("12", nets.values())
+                                  for key, value in net.state_dict().items()}}
+    torch.save(content, tmp_path / "released.pth")
+    common = ("--checkpoint", tmp_path / "released.pth", "--data", trees / "dfc2020", "--results", tmp_path, "--crop", 32,
+              "--seeds", 1, "--workers", 0, "--label-fraction", 0.5)
+    call(monkeypatch, linear_eval, *common)
+    call(monkeypatch, finetune, *common, "--epochs", 1, "--batch-size", 32)
+    probed, tuned = linear_eval.Results(tmp_path).read()
+    assert (probed["method"], probed["protocol"], tuned["method"], tuned["protocol"]) == (method, "linear", method, "finetune")
+    assert probed["args"]["scale"] == tuned["args"]["scale"] == "patch-max" and not probed["args"].get("stats")
 
 
 @pytest.mark.parametrize("tree", ["dfc2020", "sen12ms"])
@@ -442,7 +470,7 @@ def test_retrieval_as_a_picture(tmp_path, trees, checkpoint, monkeypatch, capsys
     call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", trees / tree, "--workers", 0, "--retrieve",
          tmp_path / "out.png")
     said = capsys.readouterr().out
-    assert f"{48 if tree == 'dfc2020' else 32} held-out candidates," in said  # of sen12ms: half of the scenes
+    assert f"{24 if tree == 'dfc2020' else 32} held-out candidates," in said  # of sen12ms: half of the scenes
     assert (tmp_path / "out.png").stat().st_size > 20_000
 
 

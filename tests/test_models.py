@@ -246,6 +246,10 @@ def test_a_checkpoint_that_lacks_a_part_is_named(tmp_path):
         torch.save({k: v for k, v in content.items() if k != key}, tmp_path / "bad.pt")
         with pytest.raises(models.CheckpointError, match=f"without {key}"):
             models.load_checkpoint(tmp_path / "bad.pt")
+    for key in ("method", "arch", "scale"):
+        torch.save({**content, key: "another"}, tmp_path / "bad.pt")
+        with pytest.raises(models.CheckpointError, match=f"{key} 'another' is not one of"):
+            models.load_checkpoint(tmp_path / "bad.pt")
     torch.save({**content, "encoders": {"s1": content["encoders"]["s1"]}}, tmp_path / "bad.pt")
     with pytest.raises(models.CheckpointError, match="no weights for s2"):
         models.load_checkpoint(tmp_path / "bad.pt")
@@ -335,7 +339,7 @@ def exported(tmp_path_factory):
     import linear_eval
     line = {"protocol": "linear", "task": "single", "label_fraction": 1.0, "seed": 0, "average": 0.5, "overall": 0.6,
             "checkpoint": linear_eval.file_hash(folder / "last.pt")}
-    (folder / "results.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "checkpoint": "other"}) + "\n")
+    (folder / "results.jsonl").write_text(f'{json.dumps(line)}\n{json.dumps({**line, "checkpoint": "other"})}\n{{"cut o')
     return folder, model, models.export(folder / "last.pt", folder / "out", folder / "results.jsonl")
 
 

@@ -181,7 +181,7 @@ def test_bands_are_chosen_by_name_and_recorded(trees, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["--batch-size", 65], "choose a smaller batch"), (["--crop", 41], "--crop 41"),
-    (["--epochs", 0], "0 is not above 0"), (["--data", "nowhere"], "SEN12MS: mediaTUM"),
+    (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"), (["--data", "nowhere"], "SEN12MS: mediaTUM"),
     (["--method", "simclr-rgb", "--bands", "B2"], "three of Sentinel-2")])
 def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, arguments, words):
     common = ["--data", store, "--batch-size", 8, "--out", tmp_path / "x"]
@@ -236,27 +236,30 @@ def test_a_finished_run_is_left_as_it_is(store, reference, tmp_path):
 
 
 def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(store, reference, tmp_path):
-    out, argv, dice, kills, writing = tmp_path / "killed", [*MMA, "--data", store], random.Random(0), 0, 0
+    """Two runs beside each other, each killed five times, of these twice in the middle of a checkpoint."""
+    argv, dice = [*MMA, "--data", store], random.Random(0)
     began = time.monotonic()
     run(argv, tmp_path / "timed")
     duration = time.monotonic() - began
-    while kills < 10:
-        process, until = start(argv, out), time.monotonic() + dice.uniform(0.2, 0.9) * duration
-        while process.is_alive() and (kills % 3 == 1 or time.monotonic() < until):
-            time.sleep(0.001)
-            if kills % 3 == 1 and (out / "last.tmp").exists():
-                writing += 1
-                break  # in the middle of a checkpoint
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.join()
-        if process.exitcode == 0:
-            assert_same_run(out, reference)
-            shutil.rmtree(out)
-    run(argv, out)
-    assert_same_run(out, reference)
-    assert writing >= 3
+    plans = {tmp_path / name: ["time", "writing", "time", "writing", "time"] for name in ("one", "other")}
+    running = {out: (start(argv, out), time.monotonic() + dice.uniform(0.2, 0.9) * duration) for out in plans}
+    while any(plans.values()):
+        time.sleep(0.0005)
+        for out in [out for out, plan in plans.items() if plan]:
+            process, until = running[out]
+            if process.is_alive() and (time.monotonic() > until if plans[out][0] == "time" else (out / "last.tmp").exists()):
+                os.kill(process.pid, signal.SIGKILL)
+                process.join()
+                if process.exitcode:  # it was not faster
+                    plans[out].pop(0)
+            if not process.is_alive():
+                if process.exitcode == 0:  # done before the next kill: from the beginning
+                    assert_same_run(out, reference)
+                    shutil.rmtree(out)
+                running[out] = start(argv, out), time.monotonic() + dice.uniform(0.2, 0.9) * duration
+    for out, (process, _) in running.items():
+        assert finish(process)[0] == 0
+        assert_same_run(out, reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import simulate
 import torch
-from conftest import users
 
 import data
 import linear_eval
@@ -69,15 +68,13 @@ def test_the_label_as_a_band_scores_100(bands_of, task):
 
 
 @pytest.fixture(scope="module")
-def pretrained(tmp_path_factory):
-    """Two pretrainings of D-SimCLR on simulated pairs, and the labelled tree."""
-    out = tmp_path_factory.mktemp("sanity")
-    simulate.simulate_sen12ms(out / "sen12ms", scenes=16, patches=40, size=32, seed=3)
+def pretrained(request):
+    """Folder with two pretrainings of D-SimCLR on simulated pairs, begun by conftest.py, and a labelled tree."""
+    out, processes = request.config.pretraining
     simulate.simulate_dfc2020(out / "dfc2020", train=96, test=160, size=32, seed=3)
-    done = users(*(("pretrain.py", "--data", out / "sen12ms", "--out", out / f"run{seed}", "--epochs", 2, "--batch-size", 16,
-                    "--crop", 32, "--lr", 1e-3, "--constant-epochs", 1, "--scale", "fixed", "--holdout", 0.2,
-                    "--seed", seed, "--workers", 0) for seed in range(2)))
-    assert [process.returncode for process in done] == [0, 0], done
+    for process in processes:
+        process.join(600)
+    assert [process.exitcode for process in processes] == [0, 0]
     return out
 
 
