@@ -1,11 +1,13 @@
 """Fixtures: simulated trees, the shared reference data, scripts run as a user runs them."""
-import multiprocessing.forkserver
+import functools
+import multiprocessing
 import os
 import runpy
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 sys.path.insert(0, str(ROOT))
+
+import data
+
+BACKGROUND = ThreadPoolExecutor(1)
 CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once for all the processes that tests start
 torch.set_num_threads(1)  # a second one gains little on small crops, and other processes are at work
 CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot", "rasterio", "torch._dynamo"])
@@ -27,13 +33,44 @@ def shared():
     return SHARED
 
 
+@functools.cache
+def folder():
+    """For what lasts as long as the tests."""
+    return Path(tempfile.mkdtemp())
+
+
+@functools.cache
+def simulated():
+    """Small simulated trees: sen12ms (64 pairs of 40 px) and dfc2020 (32 + 24 labelled) -> their folder."""
+    simulate.simulate_sen12ms(folder() / "sen12ms", scenes=4, patches=16, size=40, seed=1)
+    simulate.simulate_dfc2020(folder() / "dfc2020", train=32, test=24, size=40, seed=1)
+    return folder()
+
+
 @pytest.fixture(scope="session")
-def trees(tmp_path_factory):
-    """Small simulated trees: trees/sen12ms (64 pairs of 40 px) and trees/dfc2020 (32 + 24 labelled)."""
-    out = tmp_path_factory.mktemp("trees")
-    simulate.simulate_sen12ms(out / "sen12ms", scenes=4, patches=16, size=40, seed=1)
-    simulate.simulate_dfc2020(out / "dfc2020", train=32, test=24, size=40, seed=1)
-    return out
+def trees():
+    return simulated()
+
+
+@pytest.fixture(scope="session")
+def labelled(trees):
+    """The tree dfc2020, packed."""
+    data.pack(trees / "dfc2020", trees / "labelled", workers=0)
+    return trees / "labelled"
+
+
+def pytest_collection_finish(session):
+    """Begin what takes long in other processes, one at a time beside the tests, unless only a few tests are run."""
+    for module in dict.fromkeys(item.module for item in session.items) if len(session.items) > 100 else ():
+        getattr(module, "begin", int)()
+
+
+def pytest_unconfigure():
+    BACKGROUND.shutdown(wait=False, cancel_futures=True)
+    for process in multiprocessing.active_children():
+        process.kill()
+    if folder.cache_info().currsize:
+        shutil.rmtree(folder(), ignore_errors=True)
 
 
 def as_main(script, args, folder):
@@ -54,30 +91,6 @@ def user(script, *args):
         process.join(600)
         said = (Path(folder, name).read_text() for name in ("out", "err"))
         return subprocess.CompletedProcess(args, process.exitcode, *said)
-
-
-def pytest_collection_finish(session):
-    """The pretrainings of test_sanity.py take a minute: they begin now, in processes of their own."""
-    if any("pretrained" in item.fixturenames for item in session.items) and not session.config.option.collectonly:
-        out = Path(tempfile.mkdtemp())
-        session.config.pretraining = out, [CONTEXT.Process(target=pretrain_for_sanity, args=(out, seed)) for seed in range(2)]
-        for process in session.config.pretraining[1]:
-            process.start()
-
-
-def pytest_unconfigure(config):
-    if hasattr(config, "pretraining"):
-        for process in config.pretraining[1]:
-            process.kill()
-        shutil.rmtree(config.pretraining[0], ignore_errors=True)
-
-
-def pretrain_for_sanity(out, seed):
-    """D-SimCLR on simulated pairs."""
-    simulate.simulate_sen12ms(out / f"tree{seed}", scenes=16, patches=40, size=32, seed=3)
-    as_main("pretrain.py", ["--data", out / f"tree{seed}", "--out", out / f"run{seed}", "--epochs", 2, "--batch-size", 16,
-                            "--crop", 32, "--lr", 1e-3, "--constant-epochs", 1, "--scale", "fixed", "--holdout", 0.2,
-                            "--seed", seed, "--workers", 0], out / f"tree{seed}")
 
 
 def call(monkeypatch, module, *args):

@@ -27,8 +27,8 @@ def save(path, patches, method, **change):
 
 
 @pytest.mark.parametrize("method", models.METHODS)
-def test_each_row_from_scratch(tmp_path, trees, monkeypatch, method):
-    line, = tune(monkeypatch, trees / "dfc2020", tmp_path, "--method", method, "--task", "multi")
+def test_each_row_from_scratch(tmp_path, labelled, monkeypatch, method):
+    line, = tune(monkeypatch, labelled, tmp_path, "--method", method, "--task", "multi")
     assert line["method"] == method and line["protocol"] == "scratch" and line["simulated"]
     assert line["counts"]["train_patches"] < 32 and 0 <= line["overall"] <= 1 and "confusion" not in line
     assert line["args"]["bands"]["s2"] == (models.RGB if method == "simclr-rgb" else list(data.S2_BANDS))
@@ -43,18 +43,18 @@ def test_each_pretrained_row_is_fine_tuned(tmp_path, trees, monkeypatch, method)
     assert np.sum(line["confusion"]) == line["counts"]["test_crops"]
 
 
-def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, trees, monkeypatch):
+def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, labelled, monkeypatch):
     options = ("--method", "only-s1", "--seeds", 2)
     logits, extract = [], linear_eval.extract
     monkeypatch.setattr(linear_eval, "extract", lambda *args: logits.append(extract(*args)) or logits[-1])
-    first = tune(monkeypatch, trees / "dfc2020", tmp_path / "a", *options)
-    second = tune(monkeypatch, trees / "dfc2020", tmp_path / "b", *options, "--cache", "ram")
+    first = tune(monkeypatch, labelled, tmp_path / "a", *options)
+    second = tune(monkeypatch, labelled, tmp_path / "b", *options, "--cache", "ram")
     assert len(first) == 2 and len(logits) == 4
     assert all(np.array_equal(a["logits"], b["logits"]) for a, b in zip(logits[:2], logits[2:]))
     assert [line["class"] for line in first] == [line["class"] for line in second]
     assert not np.array_equal(logits[0]["logits"], logits[1]["logits"])  # another seed
     monkeypatch.setattr(finetune, "train", None)
-    assert tune(monkeypatch, trees / "dfc2020", tmp_path / "a", *options) == first
+    assert tune(monkeypatch, labelled, tmp_path / "a", *options) == first
 
 
 @pytest.mark.parametrize("options, message", [
@@ -64,12 +64,12 @@ def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, trees, monkeyp
     (("--scale", "patch-max"), "holds scale fixed, not --scale patch-max"),
     (("--bands", "VV", "VH", "B4"), "not --bands VV VH B4"),
 ])
-def test_a_checkpoint_of_something_else_is_one_line(tmp_path, trees, monkeypatch, options, message):
-    save(tmp_path / "last.pt", data.open_data(trees / "dfc2020", workers=0), "d-simclr")
+def test_a_checkpoint_of_something_else_is_one_line(tmp_path, labelled, monkeypatch, options, message):
+    save(tmp_path / "last.pt", data.open_data(labelled, workers=0), "d-simclr")
     with pytest.raises(models.CheckpointError, match=message):
-        tune(monkeypatch, trees / "dfc2020", tmp_path, "--checkpoint", tmp_path / "last.pt", *options)
+        tune(monkeypatch, labelled, tmp_path, "--checkpoint", tmp_path / "last.pt", *options)
     if "mma" in options:
-        result = user("finetune.py", "--checkpoint", tmp_path / "last.pt", "--data", trees / "dfc2020", *options)
+        result = user("finetune.py", "--checkpoint", tmp_path / "last.pt", "--data", labelled, *options)
         assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr
 
 
@@ -88,21 +88,21 @@ def test_crops_without_a_label_teach_nothing():
     assert finetune.task_loss("multi", logits, classes).item() == pytest.approx(multi.item())
 
 
-def fit_some(trees, rows, **change):
+def fit_some(labelled, rows, **change):
     args = argparse.Namespace(**{"crop": 32, "batch_size": 2, "lr": 1e-5, "classifier_lr": 1e-5, "weight_decay": 0.0,
                                  "epochs": 1, "drop_epoch": 1, "workers": 0, "precision": "float32", "device": "cpu",
                                  "arch": "resnet18", **change})
-    patches = data.open_data(trees / "dfc2020", workers=0)
+    patches = data.open_data(labelled, workers=0)
     model = finetune.make_classifier("only-s2", patches, {}, args, seed=0)
     finetune.train(model, patches, np.array(rows), {"scale": "fixed"}, "single", 0, args, "a run")
     return model
 
 
-def test_a_batch_of_one_sample(trees):
-    model = fit_some(trees, [0, 1, 2])  # batches of 2 and 1; the last map of crops of 32 px is 1 x 1
+def test_a_batch_of_one_sample(labelled):
+    model = fit_some(labelled, [0, 1, 2])  # batches of 2 and 1; the last map of crops of 32 px is 1 x 1
     assert all(p.isfinite().all() for p in model.state_dict().values())
 
 
-def test_a_loss_that_is_not_finite_is_named(trees):
+def test_a_loss_that_is_not_finite_is_named(labelled):
     with pytest.raises(data.DataError, match="a run: the loss is nan after epoch 1: try a lower --lr"):
-        fit_some(trees, [0, 1, 2, 3], lr=1e30, classifier_lr=1e30)
+        fit_some(labelled, [0, 1, 2, 3], lr=1e30, classifier_lr=1e30)

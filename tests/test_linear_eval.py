@@ -229,9 +229,9 @@ def test_a_test_label_changes_no_prediction(monkeypatch, probe, task):
     assert scores[0]["average"] > 0.5 > scores[1]["average"]
 
 
-def test_training_and_test_patches_are_disjoint(trees):
+def test_training_and_test_patches_are_disjoint(labelled):
     args = argparse.Namespace(checkpoint=None, method=None, scale=None, bands=None, crop=None, cache=None, workers=0,
-                              precision="auto", device="cpu", data=trees / "dfc2020", label_fraction=[1.0], label_sampling="patches")
+                              precision="auto", device="cpu", data=labelled, label_fraction=[1.0], label_sampling="patches")
     patches, train, test, _ = linear_eval.open_labelled(args, {})
     ids = np.array(patches.ids)
     assert len(train) == 32 and len(test) == 24 and not set(ids[train]) & set(ids[test])
@@ -393,9 +393,9 @@ def test_probe_of_a_checkpoint(tmp_path, trees, checkpoint, monkeypatch, capsys)
     assert len(list((tmp_path / "features").iterdir())) == 2
 
 
-def test_baselines(tmp_path, trees, monkeypatch):
+def test_baselines(tmp_path, labelled, monkeypatch):
     for baseline in ("random", "bands"):
-        call(monkeypatch, linear_eval, "--baseline", baseline, "--data", trees / "dfc2020", "--results", tmp_path,
+        call(monkeypatch, linear_eval, "--baseline", baseline, "--data", labelled, "--results", tmp_path,
              "--crop", 32, "--seeds", 2, "--workers", 0, "--scale", "fixed")
     lines = linear_eval.Results(tmp_path).read()
     assert [line["baseline"] for line in lines] == ["random", "random", "bands", "bands"]
@@ -407,11 +407,11 @@ def embeddings(monkeypatch, checkpoint, tree, out, *options):
     return dict(np.load(out))
 
 
-def test_embeddings_do_not_depend_on_batches_and_workers(tmp_path, trees, checkpoint, monkeypatch):
-    tree = trees / "dfc2020"
+def test_embeddings_do_not_depend_on_batches_and_workers(tmp_path, labelled, checkpoint, monkeypatch):
+    tree = labelled
     one = embeddings(monkeypatch, checkpoint, tree, tmp_path / "one.npz", "--batch-size", 7, "--workers", 0)
     other = embeddings(monkeypatch, checkpoint, tree, tmp_path / "other", "--batch-size", 100, "--workers", 2)
-    patches = data.open_data(trees / "dfc2020", workers=0)
+    patches = data.open_data(labelled, workers=0)
     assert one["ids"].tolist() == patches.ids and one["labels"].tolist() == patches.labels.tolist() and one["simulated"]
     assert one["s1"].shape == one["s2"].shape == (56, 512)
     for sensor in ("s1", "s2"):
@@ -425,15 +425,15 @@ def test_embeddings_do_not_depend_on_batches_and_workers(tmp_path, trees, checkp
         np.testing.assert_allclose(one[sensor][5], expected[sensor].mean(0), rtol=0, atol=1e-5)
 
 
-def test_authors_weights_are_taken_as_they_are(tmp_path, trees, monkeypatch, capsys):
+def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, capsys):
     nets = {sensor: models.resnet("resnet18", bands) for sensor, bands in (("1", 2), ("2", 13))}
     weights = {f"backbone{k}.{key}": value for k, net in nets.items() for key, value in net.state_dict().items()}
     heads = {k: torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64)) for k in "12"}
     weights |= {f"backbone{k}.fc.{key}": value for k, head in heads.items() for key, value in head.state_dict().items()}
     torch.save({"state_dict": weights}, tmp_path / "released.pth")
-    found = embeddings(monkeypatch, tmp_path / "released.pth", trees / "dfc2020", tmp_path / "out.npz", "--crop", 32,
+    found = embeddings(monkeypatch, tmp_path / "released.pth", labelled, tmp_path / "out.npz", "--crop", 32,
                        "--workers", 0)
-    patches = data.open_data(trees / "dfc2020", workers=0)
+    patches = data.open_data(labelled, workers=0)
     s1, s2, _ = patches.crops([9] * 4, [0, 0, 8, 8], [0, 8, 0, 8], 32)
     s1, s2 = data.to_input(s1, s2, "patch-max")
     with torch.no_grad():
@@ -443,20 +443,20 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, trees, monkeypatch, cap
         a, b = data.to_input(*patches.crops(rows, [y] * len(rows), [x] * len(rows), 32)[:2], "patch-max")
         a, b = (F.normalize(heads[k](nets[k](v))) for k, v in (("1", a), ("2", b)))
     capsys.readouterr()
-    call(monkeypatch, linear_eval, "--checkpoint", tmp_path / "released.pth", "--data", trees / "dfc2020", "--crop", 32,
+    call(monkeypatch, linear_eval, "--checkpoint", tmp_path / "released.pth", "--data", labelled, "--crop", 32,
          "--workers", 0, "--retrieve", tmp_path / "out.png")
     assert f"median rank {models.retrieval(a @ b.T)['median']:g}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arch, method", [("resnet18", "d-simclr"), ("vgg", "mma")])
-def test_authors_weights_are_probed_and_fine_tuned(tmp_path, trees, monkeypatch, arch, method):
+def test_authors_weights_are_probed_and_fine_tuned(tmp_path, labelled, monkeypatch, arch, method):
     nets = models.make_encoders(method, {"s1": models.S1_BANDS, "s2": models.S2_BANDS})
     content = {f"{sensor}_model_weights": net.state_dict() for sensor, net in nets.items()}
     if method == "d-simclr":
         content = {"state_dict": {f"backbone{k}.{key}": value for k, net in zip("12", nets.values())
                                   for key, value in net.state_dict().items()}}
     torch.save(content, tmp_path / "released.pth")
-    common = ("--checkpoint", tmp_path / "released.pth", "--data", trees / "dfc2020", "--results", tmp_path, "--crop", 32,
+    common = ("--checkpoint", tmp_path / "released.pth", "--data", labelled, "--results", tmp_path, "--crop", 32,
               "--seeds", 1, "--workers", 0, "--label-fraction", 0.5)
     call(monkeypatch, linear_eval, *common)
     call(monkeypatch, finetune, *common, "--epochs", 1, "--batch-size", 32)
@@ -480,17 +480,17 @@ def test_retrieval_as_a_picture(tmp_path, trees, checkpoint, monkeypatch, capsys
     (("--bands", "VV", "B2"), "not --bands VV B2"),
     (("--crop", 64), "--crop 64"),
 ])
-def test_what_a_checkpoint_is_not(tmp_path, trees, checkpoint, monkeypatch, options, message):
+def test_what_a_checkpoint_is_not(tmp_path, labelled, checkpoint, monkeypatch, options, message):
     with pytest.raises((models.CheckpointError, data.DataError), match=message):
-        call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", trees / "dfc2020", "--results", tmp_path,
+        call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", labelled, "--results", tmp_path,
              "--workers", 0, *options)
 
 
-def test_data_without_labels_and_encoders_that_are_not_there(tmp_path, trees, checkpoint, monkeypatch):
+def test_data_without_labels_and_encoders_that_are_not_there(tmp_path, trees, labelled, checkpoint, monkeypatch):
     with pytest.raises(data.DataError, match="needs labelled patches of the splits"):
         call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", trees / "sen12ms", "--workers", 0)
     with pytest.raises(data.DataError, match="--sensors s1"):
         call(monkeypatch, linear_eval, "--baseline", "random", "--method", "only-s2", "--sensors", "s1", "--data",
-             trees / "dfc2020", "--crop", 32, "--workers", 0)
-    result = user("linear_eval.py", "--checkpoint", ROOT / "nothing.pt", "--data", trees / "dfc2020")
+             labelled, "--crop", 32, "--workers", 0)
+    result = user("linear_eval.py", "--checkpoint", ROOT / "nothing.pt", "--data", labelled)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "nothing.pt" in result.stderr

@@ -1,4 +1,5 @@
 """Pretraining as a user runs it: every method, equal bits, killed, stopped, broken files, several processes."""
+import functools
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import pytest
 import rasterio
 import torch
 import torch.distributed as dist
-from conftest import CONTEXT, ROOT
+from conftest import BACKGROUND, CONTEXT, ROOT, folder, simulated
 from torch import nn
 
 import data
@@ -31,12 +32,35 @@ MMA = ["--method", "mma", "--epochs", 3, "--batch-size", 8, "--crop", 16, "--hol
 STEPS = 18
 
 
-@pytest.fixture(scope="module")
-def store(trees, tmp_path_factory):
+@functools.cache
+def make_store():
     """The simulated SEN12MS tree, packed: 64 pairs of 40 px in 4 scenes."""
-    path = tmp_path_factory.mktemp("store") / "sen12ms"
-    data.pack(trees / "sen12ms", path, workers=0)
-    return path
+    data.pack(simulated() / "sen12ms", folder() / "store", workers=0)
+    return folder() / "store"
+
+
+@pytest.fixture
+def store():
+    return make_store()
+
+
+RUNS = {"reference": MMA, "again": [*MMA, "--workers", 0]} | {  # by tests that only look at what they leave
+    method: ["--method", method, "--epochs", 2, "--batch-size", 16, "--crop", 33, "--holdout", 0.25, "--eval-every", 1,
+             "--log-every", 2, "--scale", scale, "--workers", 0]
+    for method, scale in (("d-simclr", "patch-max"), ("mma", "fixed"), ("simclr-rgb", "standard"))}
+
+
+@functools.cache
+def begun(name):
+    """-> Future of one of RUNS, whose folder is folder() / name, or of the job of torchrun."""
+    if name == "torchrun":
+        return BACKGROUND.submit(torchrun)
+    return BACKGROUND.submit(run, [*RUNS[name], "--data", make_store()], folder() / name)
+
+
+def begin():
+    for name in (*RUNS, "torchrun"):
+        begun(name)
 
 
 def script(argv, says, environment=(), trouble=None):
@@ -98,12 +122,11 @@ def assert_same_run(out, reference):
         assert_equal(one, other)
 
 
-@pytest.fixture(scope="module")
-def reference(store, tmp_path_factory):
+@pytest.fixture
+def reference():
     """A run that was never stopped."""
-    out = tmp_path_factory.mktemp("runs") / "reference"
-    run([*MMA, "--data", store], out)
-    return out
+    begun("reference").result()
+    return folder() / "reference"
 
 
 def step_of(path):
@@ -121,10 +144,9 @@ def copy_of_epoch_2(reference, out):
 # ---------------------------------------------------------------------------------------------- what a run leaves
 
 @pytest.mark.parametrize("method, scale", [("d-simclr", "patch-max"), ("mma", "fixed"), ("simclr-rgb", "standard")])
-def test_every_method_runs_and_logs(store, tmp_path, method, scale):
-    out = tmp_path / "run"
-    run(["--method", method, "--data", store, "--epochs", 2, "--batch-size", 16, "--crop", 33, "--holdout", 0.25,
-         "--eval-every", 1, "--log-every", 2, "--scale", scale, "--workers", 0], out)
+def test_every_method_runs_and_logs(method, scale):
+    begun(method).result()
+    out = folder() / method
     content, log = contents(out)
     assert (content["method"], content["scale"], content["epoch"], content["step"]) == (method, scale, 2, 6)
     assert content["simulated"]
@@ -221,9 +243,9 @@ def test_views_are_drawn_per_sample_and_do_not_depend_on_the_processes(store):
 
 # ---------------------------------------------------------------------------------------------- survival
 
-def test_the_same_command_gives_the_same_bits(store, reference, tmp_path):
-    run([*MMA, "--data", store, "--workers", 0], tmp_path / "again")  # whatever the number of workers
-    assert_same_run(tmp_path / "again", reference)
+def test_the_same_command_gives_the_same_bits(reference):
+    begun("again").result()  # whatever the number of workers
+    assert_same_run(folder() / "again", reference)
 
 
 def test_a_finished_run_is_left_as_it_is(store, reference, tmp_path):
@@ -497,19 +519,25 @@ data.run(pretrain.main, models.CheckpointError, OSError)
 """
 
 
-def test_torchrun_starts_again_after_a_rank_died(store, tmp_path):
-    (tmp_path / "dies.py").write_text(RANK_1_DIES_ONCE.format(root=str(ROOT)))
-    argv, out = [*MMA, "--data", store, "--workers", 0], tmp_path / "restarted"
+def torchrun():
+    """-> folders of a job of torchrun of which a rank dies, and of one that is left alone."""
+    out, argv = folder() / "torchrun", [*MMA, "--data", make_store(), "--workers", 0]
+    out.mkdir()
+    (out / "dies.py").write_text(RANK_1_DIES_ONCE.format(root=str(ROOT)))
     job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          "--max-restarts", "1", str(tmp_path / "dies.py"), *map(str, argv), "--out", str(out)],
+                          "--max-restarts", "1", str(out / "dies.py"), *map(str, argv), "--out", str(out / "restarted")],
                          capture_output=True, text=True, timeout=300, check=False,
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert job.returncode == 0, job.stderr
-    processes = [start(argv, tmp_path / "whole", tmp_path / f"{rank}.txt", environment=environment)
+    processes = [start(argv, out / "whole", out / f"{rank}.txt", environment=environment)
                  for rank, environment in enumerate(rank_environments(2))]
     for process in processes:
         assert finish(process)[0] == 0
-    assert_same_run(out, tmp_path / "whole")
+    return out / "restarted", out / "whole"
+
+
+def test_torchrun_starts_again_after_a_rank_died():
+    assert_same_run(*begun("torchrun").result())
 
 
 def test_a_rank_that_dies_ends_the_job(store, tmp_path):

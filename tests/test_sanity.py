@@ -1,10 +1,12 @@
 """What any reader can run to trust the scores: chance, certainty, and that pretraining helps (on simulated data)."""
 import argparse
+import functools
 
 import numpy as np
 import pytest
 import simulate
 import torch
+from conftest import BACKGROUND, folder, user
 
 import data
 import linear_eval
@@ -67,29 +69,40 @@ def test_the_label_as_a_band_scores_100(bands_of, task):
     assert found["overall"] == 1 and found["average"] == 1
 
 
-@pytest.fixture(scope="module")
-def pretrained(request):
-    """Folder with two pretrainings of D-SimCLR on simulated pairs, begun by conftest.py, and a labelled tree."""
-    out, processes = request.config.pretraining
-    simulate.simulate_dfc2020(out / "dfc2020", train=96, test=160, size=32, seed=3)
-    for process in processes:
-        process.join(600)
-    assert [process.exitcode for process in processes] == [0, 0]
+def pretrain_seed(seed):
+    """-> folder of a pretraining of D-SimCLR on simulated pairs."""
+    out = folder() / f"sanity{seed}"
+    done = user("pretrain.py", "--data", pairs(), "--out", out, "--epochs", 2, "--batch-size", 16, "--crop", 32, "--lr", 1e-3,
+                "--constant-epochs", 1, "--scale", "fixed", "--holdout", 0.2, "--seed", seed, "--workers", 0)
+    assert done.returncode == 0, done.stderr
     return out
 
 
-def test_pretraining_beats_random_weights(pretrained):
+@functools.cache
+def pairs():
+    simulate.simulate_sen12ms(folder() / "pairs", scenes=16, patches=40, size=32, seed=3)
+    return folder() / "pairs"
+
+
+@functools.cache
+def begin():
+    """-> what pretrains with two seeds."""
+    return [BACKGROUND.submit(pretrain_seed, seed) for seed in range(2)]
+
+
+def test_pretraining_beats_random_weights(tmp_path):
     """By more than the seeds' spread: the worst pretrained encoder is better than the best random one."""
-    patches = data.open_data(pretrained / "dfc2020", workers=0)
+    simulate.simulate_dfc2020(tmp_path, train=96, test=160, size=32, seed=3)
+    patches, pretrained = data.open_data(tmp_path, workers=0), [future.result() for future in begin()]
     labels = patches.labels[patches.splits == "validation"]
     found = {}
     for seed in range(2):
-        content = models.load_checkpoint(pretrained / f"run{seed}" / "last.pt")
+        content = models.load_checkpoint(pretrained[seed] / "last.pt")
         encoders, scaling = models.load_encoders(content)
         torch.manual_seed(seed)
         random = models.make_encoders("d-simclr", patches.bands).eval()
         retrieval = [line["retrieval"]["s1_to_s2"]["top5"] for line in
-                     pretrain.Log(pretrained / f"run{seed}" / "log.jsonl", 10**9).entries if "retrieval" in line]
+                     pretrain.Log(pretrained[seed] / "log.jsonl", 10**9).entries if "retrieval" in line]
         found.setdefault("retrieval", []).append((retrieval[0], retrieval[-1]))
         parts = [[features(patches, e, scaling, split) for split in ("validation", "test")] for e in (random, encoders)]
         for probe in ("linear", "knn"):
