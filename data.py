@@ -528,9 +528,9 @@ class Buffers:
 
 
 def empty(n, s1_bands, s2_bands, *size):
-    """Uninitialised tensors of s1, s2, classes for n patches or crops."""
-    shapes = {torch.int16: (n, s1_bands, *size), torch.uint16: (n, s2_bands, *size), torch.uint8: (n, *size)}
-    return [torch.empty(shape, dtype=dtype) for dtype, shape in shapes.items()]
+    """Uninitialised tensors of s1, s2, classes for n patches or crops; from numpy, which asks for large pages."""
+    shapes = {np.int16: (n, s1_bands, *size), np.uint16: (n, s2_bands, *size), np.uint8: (n, *size)}
+    return [torch.from_numpy(np.empty(shape, dtype)) for dtype, shape in shapes.items()]
 
 
 class Patches:
