@@ -76,6 +76,10 @@ def run(main, *errors):
         return main()
     except (DataError, OSError, *errors) as error:
         line = str(error).strip().splitlines()[-1]  # an error of a worker process comes with its traceback before it
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        line = f"{error}".splitlines()[0] + " Give it more (shared) memory, or less to do with --workers"
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # here main's progress bars are gone
     sys.exit(2)
 
@@ -122,23 +126,30 @@ def multi_label(classes, share=0.1):
 
 # ---------------------------------------------------------------------------------------------- network input
 
-def to_input(s1, s2, scale, stats=None, bands=None):
+def to_input(s1, s2, scale, stats=None, bands=None, names=None):
     """Patches to network input, on the device where they are. Tensors or arrays.
 
-    s1: (N, c1, h, w) int16 in 1/100 dB, -32768 missing, or float in dB, NaN missing. s2: (N, c2, h, w) reflectance x
-    10,000. scale: `patch-max`, every channel of every patch by its own maximum after clipping (as published);
-    `fixed`, (dB + 25) / 25 and reflectance, clipped to 0..1; `standard`, per-band mean and standard deviation from
+    s1: (N, c1, h, w) int16 in 1/100 dB, -32768 missing, or float in dB, NaN or infinite missing. s2: (N, c2, h, w)
+    reflectance x 10,000. scale: `patch-max`, every channel of every patch by its own maximum after clipping (as
+    published); `fixed`, (dB + 25) / 25 and reflectance, clipped to 0..1; `standard`, per-band mean and standard deviation from
     stats = {"s1": {"mean": [dB], "std": [dB]}, "s2": {"mean": [...], "std": [...]}} in the order of the channels.
-    bands: {"s1": names, "s2": names} of the channels that must be there, as models.load_encoders gives them.
-    -> two float32 tensors of the same shapes, finite for any input. Raises DataError for other bands or an unknown scale.
+    bands: {"s1": names, "s2": names} of the channels that must be there, as models.load_encoders gives them. names: the
+    same of those that are there, where you know them, checked against bands.
+    -> two float32 tensors of the same shapes, finite for any input. Raises DataError for other bands, another order of
+    them or an unknown scale.
     """
     s1, s2 = torch.as_tensor(s1), torch.as_tensor(s2)
     for sensor, x in (("s1", s1), ("s2", s2)):
         if bands and x.shape[1] != len(bands[sensor]):
             raise DataError(f"{sensor} has {x.shape[1]} channels, not {len(bands[sensor])}: {' '.join(bands[sensor])}")
-    missing = s1.isnan() if s1.is_floating_point() else s1 == MISSING
-    s1 = s1.float().nan_to_num(MISSING / 100) if s1.is_floating_point() else s1.float() / 100
-    s2 = s2.float().nan_to_num(0) if s2.is_floating_point() else s2.float()
+        if bands and names and tuple(names[sensor]) != tuple(bands[sensor]):
+            raise DataError(f"{sensor} has {' '.join(names[sensor])}, the encoder takes {' '.join(bands[sensor])}: reorder")
+    if s1.is_floating_point():
+        missing = ~s1.isfinite()
+        s1 = s1.float().masked_fill(missing, MISSING / 100)
+    else:
+        missing, s1 = s1 == MISSING, s1.float() / 100
+    s2 = s2.float().nan_to_num(0, posinf=0, neginf=0) if s2.is_floating_point() else s2.float()
     if scale == "standard":
         return standardise(s1, stats["s1"]).masked_fill(missing, 0), standardise(s2, stats["s2"])
     s1, s2 = s1.clamp(-25, 0) + 25, s2.clamp(0, 10_000)
@@ -171,7 +182,7 @@ def scene_of(patch_id):
 def find_files(tree):
     """{(season or split, scene, patch, id): {sensor: path}} by file name; DataError where a file is there twice."""
     found = defaultdict(dict)
-    for folder, _, names in os.walk(tree, followlinks=True):
+    for folder, _, names in tqdm(os.walk(tree, followlinks=True), desc="looking for files", unit="folder", delay=1):
         for name in names:
             path = os.path.join(folder, name)
             if match := NAME.fullmatch(name):
@@ -334,7 +345,7 @@ def statistics(sums, pixels):
     reflectance x 10,000 for S2."""
     values = [(s / pixels, math.sqrt(pixels * q - s * s) / pixels, low, high) for s, q, low, high in zip(*sums)]
     values = [[v / (100 if band < len(S1_BANDS) else 1) for v in own] for band, own in enumerate(values)]
-    return dict(zip(("mean", "std", "lowest", "highest"), zip(*values)))
+    return dict(zip(("mean", "std", "lowest", "highest"), map(list, zip(*values))))
 
 
 def refuse_bad(tree, left_out, count, max_bad):
@@ -384,18 +395,24 @@ def store_files(store, patches, shape, labelled):
     return files
 
 
-def reserve(store, files):
-    """Give every file its full size now, so that a full disk is met before the work, not in it."""
+def reserve(store, files, progress, text):
+    """Write the text to the file `progress` and give every file its full size now, so that a full disk is met before
+    the work, not in it."""
+    begun = progress.exists()
+    if not begun and (there := [path for path in files if path.exists()]):
+        raise DataError(f"{there[0]}: there is such a file, but no packing began here: choose another folder")
     needed = sum(size for _, size in files.values())
     free = shutil.disk_usage(store).free + sum(path.stat().st_blocks * 512 for path in files if path.exists())
     try:
         if needed > free:
             raise OSError(errno.ENOSPC, "")
+        replace(progress, text)
         for path, (_, size) in files.items():
-            with open(path, "ab") as handle:
+            path.touch()
+            with open(path, "r+b") as handle:  # to append is not enough where the C library has to write the zeros
                 os.posix_fallocate(handle.fileno(), 0, size)
     except OSError as error:
-        for path in files if not (store / "progress.jsonl").exists() else ():
+        for path in (*files, progress) if not begun else ():
             path.unlink(missing_ok=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -430,8 +447,7 @@ def write_store(tree, store, places, shape, left_out, key, workers, max_bad):
     lines = text[:text.rfind("\n") + 1].splitlines() or [key]  # a line without its end was cut off by a kill
     if lines[0] != key:
         raise DataError(f"{store}: the tree or the options changed since this packing began: remove the folder")
-    reserve(store, files)
-    replace(progress, "\n".join(lines) + "\n")
+    reserve(store, files, progress, "\n".join(lines) + "\n")
     done = [json.loads(line) for line in lines[1:]]
     reports = write_patches(files, progress, done, scan(places, shape, workers, len(done)))
     index = make_index(tree, places, shape, left_out, reports, max_bad)
@@ -558,6 +574,10 @@ class Patches:
     def __len__(self):
         return len(self.ids)
 
+    def identity(self):
+        """Hash of which patches these are, wherever they lie."""
+        return hashlib.sha256("\n".join(self.ids).encode()).hexdigest()[:12]
+
     def select(self, bands):
         """Read only these bands, by name and in this order; DataError for one that is not there. -> self"""
         have = self.index["bands"]
@@ -642,15 +662,16 @@ class Patches:
         return self
 
 
-def open_data(path, bands=None, cache=None, workers=None, device="cpu", max_bad=0.01):
+def open_data(path, bands=None, cache=None, workers=None, device="cpu", max_bad=0.01, seasons=None, limit=None):
     """-> Patches of a store, or of a tree, whose files are all read once to leave out the bad ones.
-    bands: only these, by name. cache: None, `ram` or `device`. Raises DataError."""
+    bands: only these, by name. cache: None, `ram` or `device`. seasons, limit: of a tree, as for find_patches().
+    Raises DataError."""
     if (Path(path) / "index.json").exists():
         patches = Patches(str(path), read_index(path))
     elif (Path(path) / "progress.jsonl").exists():
         raise DataError(f"{path}: a packing that is not finished: run the same `python data.py pack` again")
     else:
-        places, left_out = find_patches(path)
+        places, left_out = find_patches(path, seasons, limit)
         shape = tree_shape(places)
         reports = (report for report, _ in scan(places, shape, workers))
         index = make_index(path, places, shape, left_out, reports, max_bad)
@@ -821,8 +842,8 @@ def main():
     parser.add_argument("command", choices=("check", "pack", "show"))
     parser.add_argument("data", help="folder of GeoTIFFs; for check and show also a store")
     parser.add_argument("out", nargs="?", help="pack: folder of the new store; show: picture to write")
-    parser.add_argument("--seasons", nargs="+", help="pack only these: spring summer fall winter validation test")
-    parser.add_argument("--limit", type=positive, help="pack only so many patches, spread over all scenes")
+    parser.add_argument("--seasons", nargs="+", help="of a tree only these: spring summer fall winter validation test")
+    parser.add_argument("--limit", type=positive, help="of a tree only so many patches, spread over all scenes")
     parser.add_argument("--count", type=positive, default=8, help="patches in the picture (default %(default)s)")
     parser.add_argument("--workers", type=int, help="processes that read (default: one per core)")
     parser.add_argument("--max-bad", type=float, default=0.01, help="share of patches that may be bad (default %(default)s)")
@@ -832,11 +853,12 @@ def main():
     if args.command == "pack":
         summarise(pack(args.data, args.out, args.workers, args.seasons, args.limit, args.max_bad))
     elif args.command == "check":
-        index = open_data(args.data, workers=args.workers, max_bad=1).index
+        index = open_data(args.data, workers=args.workers, max_bad=1, seasons=args.seasons, limit=args.limit).index
         summarise(index, names=None)
         refuse_bad(args.data, index["left_out"], len(index["ids"]) + len(index["left_out"]), args.max_bad)
     else:
-        show(open_data(args.data, workers=args.workers, max_bad=args.max_bad), args.out, args.count)
+        few = args.limit or args.count  # of a tree no more is read than is shown
+        show(open_data(args.data, workers=args.workers, max_bad=1, seasons=args.seasons, limit=few), args.out, args.count)
     if args.out:
         print(f"wrote {args.out}")
 

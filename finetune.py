@@ -5,10 +5,15 @@
 
 Every layer is trained, on random crops of the split `validation`, its patches repeated to balance the classes; the last
 epoch is tested on crops that cover each patch of the split `test`. One JSON line per finished run in
---results/results.jsonl; a run that is there is not repeated. `linear_eval.py --report results/` makes the tables.
+--results/results.jsonl, the loss of every epoch in log.jsonl beside it; a run that is in the results is not repeated.
+`linear_eval.py --report results/` makes the tables.
 """
 import argparse
+import itertools
+import json
+import math
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,9 +75,13 @@ def train(model, patches, rows, scaling, task, seed, args, name):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if step % batches.steps == 0 and not loss.isfinite():  # once an epoch, since the host waits for the device here
-            raise data.DataError(f"{name}: the loss is {loss.item()} after epoch {step // batches.steps}: try a lower "
-                                 "--lr or --precision float32")
+        if step % batches.steps == 0:  # once an epoch, since the host waits for the device here
+            value, epoch = loss.item(), step // batches.steps
+            if not math.isfinite(value):
+                raise data.DataError(f"{name}: the loss is {value} after epoch {epoch}: try a lower --lr or --precision "
+                                     "float32")
+            with open(Path(args.results, "log.jsonl"), "a") as log:
+                print(json.dumps({"run": name, "epoch": epoch, "loss": value, "lr": schedule.get_last_lr()[0]}), file=log)
 
 
 def make_classifier(method, patches, content, args, seed):
@@ -92,24 +101,21 @@ def main():
     settings = {**{key: getattr(args, key) for key in keys}, "bands": patches.bands}
     results, source = linear_eval.Results(args.results), linear_eval.data_hash(patches)
     identity = linear_eval.file_hash(args.checkpoint) if content else None
-    for task in args.task:
-        for fraction in args.label_fraction:
-            for seed in range(args.seeds):
-                run = {"method": args.method, "protocol": "finetune" if content else "scratch", "task": task,
-                       "label_fraction": fraction, "seed": seed, "data": source, "args": settings,
-                       "checkpoint": identity}
-                if results.has(run):
-                    continue
-                chosen = linear_eval.training_rows(patches.labels[train_rows], fraction, seed, args.label_sampling)
-                model, start = make_classifier(args.method, patches, content, args, seed), time.perf_counter()
-                name = f"{args.method} {task} {fraction:.0%} seed {seed}"
-                train(model, patches, train_rows[chosen], scaling, task, seed, args, name)
-                found = linear_eval.extract(model, scaling, patches, test_rows, args)
-                has = linear_eval.labelled(found, task)
-                scores = linear_eval.score(task, found[task][has], found["logits"][has])
-                counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen), "test_crops": int(has.sum())}
-                results.add(run, scores, counts=counts, seconds=round(time.perf_counter() - start, 1),
-                            simulated=patches.simulated or content.get("simulated", False))
+    for task, fraction, seed in itertools.product(args.task, args.label_fraction, range(args.seeds)):
+        run = {"method": args.method, "protocol": "finetune" if content else "scratch", "task": task,
+               "label_fraction": fraction, "seed": seed, "data": source, "args": settings, "checkpoint": identity}
+        if results.has(run):
+            continue
+        chosen = linear_eval.training_rows(patches.labels[train_rows], fraction, seed, args.label_sampling)
+        model, start = make_classifier(args.method, patches, content, args, seed), time.perf_counter()
+        name = f"{args.method} {task} {fraction:.0%} seed {seed}"
+        train(model, patches, train_rows[chosen], scaling, task, seed, args, name)
+        found = linear_eval.extract(model, scaling, patches, test_rows, args)
+        has = linear_eval.labelled(found, task)
+        scores = linear_eval.score(task, found[task][has], found["logits"][has])
+        counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen), "test_crops": int(has.sum())}
+        results.add(run, scores, counts=counts, seconds=round(time.perf_counter() - start, 1),
+                    simulated=patches.simulated or content.get("simulated", False))
 
 
 if __name__ == "__main__":

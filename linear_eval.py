@@ -551,7 +551,7 @@ def embed(args, content):
 @torch.no_grad()
 def retrieve(args, content):
     """--retrieve: for a dozen held-out Sentinel-1 patches a picture of the five Sentinel-2 patches nearest to each, by
-    the centre crops of at most 1,000 patches of the split `test`, or where there is none of the held-out scenes."""
+    the centre crops of at most 1,000 patches of the split `test`, or in the data of pretraining of its held-out scenes."""
     if models.METHODS[content["method"]]["inputs"] != ("s1", "s2"):
         raise models.CheckpointError(f"{args.checkpoint}: --retrieve: {content['method']} lacks a sensor")
     args.cache = None  # the bands that the picture shows are not always those that the encoders see
@@ -567,8 +567,11 @@ def retrieve(args, content):
             model.heads[name] = nn.Identity()
     model = model.to(device).eval()
     rows = np.flatnonzero(patches.splits == "test")
-    if not len(rows):  # the scenes that pretraining held out of these data
-        rows = data.split_scenes(patches, content["args"].get("holdout", 1))[1]
+    if not len(rows) and content["args"].get("data") == patches.identity():  # the scenes that pretraining held out
+        rows = data.split_scenes(patches, content["args"]["holdout"])[1]
+    if not len(rows):
+        raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: a `test` split, or the "
+                             "very data of a pretraining with --holdout above 0")
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
     centres, embeddings = data.CentreCrops(patches, rows, args.crop, args.batch_size), []
     for s1, s2, *_ in data.loader(centres, range(len(centres)), args.workers, device):
@@ -682,6 +685,8 @@ def arguments():
     args = parser.parse_args()
     if not args.report and (args.checkpoint is None) == (args.baseline is None):
         parser.error("give either --checkpoint or --baseline (or --report DIR)")
+    if args.compare and (args.format == "csv" or not args.report):
+        parser.error("--compare goes with --report DIR, and not with --format csv")
     if (args.embed or args.retrieve) and not args.checkpoint:
         parser.error("--embed and --retrieve need --checkpoint")
     return args
@@ -700,9 +705,8 @@ def evaluate(args, content):
              "sensors": args.sensors, "checkpoint": identity, "data": data_hash(patches), "args": settings}
     results, labels = Results(args.results), patches.labels[train_rows]
     for seed in range(args.seeds):
-        runs = [{**fixed, "task": task, "label_fraction": fraction, "seed": seed}
-                for task in args.task for fraction in args.label_fraction]
-        runs = [run for run in runs if not results.has(run)]
+        runs = [run for task in args.task for fraction in args.label_fraction
+                if not results.has(run := {**fixed, "task": task, "label_fraction": fraction, "seed": seed})]
         if not runs:
             continue
         torch.manual_seed(seed)

@@ -280,7 +280,7 @@ def load_checkpoint(path):
     elif content.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path}: neither a checkpoint of this version nor weights released with the paper")
     refuse_unfit(path, content)
-    return content
+    return {**content, "file": str(path)}
 
 
 def refuse_unfit(path, content):
@@ -314,7 +314,8 @@ def load_encoders(checkpoint):
             encoder.load_state_dict(content["encoders"][name])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"the weights for {name} are not those of {content['arch']}: {reason}") from None
+            raise CheckpointError(f"{content.get('file', 'checkpoint')}: the weights for {name} are not those of "
+                                  f"{content['arch']}: {reason}") from None
     return encoders.eval(), {key: content[key] for key in ("scale", "stats", "bands")}
 
 
@@ -343,11 +344,11 @@ def export(checkpoint, out, results=None):
     for line in Path(results).read_text().splitlines() if results else ():
         with contextlib.suppress(ValueError):  # a kill may have cut one off
             lines.append(json.loads(line))
-    keep = ("protocol", "task", "label_fraction", "seed", "average", "overall")
+    keep = ("protocol", "probe", "sensors", "task", "label_fraction", "seed", "average", "overall")
     card = {"method": METHODS[content["method"]]["title"], "simulated": content["simulated"],
             "scale": content["scale"], "scaling": SCALING[content["scale"]], "sensors": {},
             "data": content.get("data"), "epochs": content.get("epoch"), "retrieval": content.get("retrieval"),
-            "scores": [{key: line[key] for key in keep} for line in lines if line["checkpoint"] == identity],
+            "scores": [{key: line.get(key) for key in keep} for line in lines if line["checkpoint"] == identity],
             "licence": "simulated data, free" if content["simulated"] else LICENCE,
             "settings": content["args"], "checkpoint": identity}
     out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ patch, and the other way round.
 """
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import multiprocessing.util
@@ -144,7 +143,7 @@ def held_out_retrieval(model, patches, rows, args, stats, device, cast):
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
     centres, embeddings = data.CentreCrops(patches, rows, args.crop, 100), []
     model.eval()
-    for batch in range(len(centres)):
+    for batch in tqdm(range(len(centres)), desc="retrieval", unit="batch", leave=False, delay=1):
         s1, s2, *_ = (x.to(device) for x in centres[batch])
         views = data.to_input(s1, s2, args.scale, stats)
         if args.method == "simclr-rgb":  # one sensor: which of the candidates was this half's other half cut from?
@@ -171,15 +170,15 @@ def resume(args, settings, model, optimizer, rank):
     for path in filter(Path.exists, (last, previous)):
         try:
             content = models.load_checkpoint(path)
+            if "optimizer" not in content:
+                raise models.CheckpointError(f"{path}: weights only, nothing to go on from")
         except models.CheckpointError as error:
             if path == previous or not previous.exists():
-                raise models.CheckpointError(f"{error}. Remove {args.out} to begin anew") from None
+                raise models.CheckpointError(f"{error}. Use another --out, or remove {args.out} to begin anew") from None
             if rank == 0:
                 print(f"{error}: kept as last.bad, going on from previous.pt", file=sys.stderr)
                 path.replace(path.with_suffix(".bad"))  # else the next checkpoint would push previous.pt out
             continue
-        if "optimizer" not in content:
-            raise models.CheckpointError(f"{path}: weights only, nothing to go on from: use another --out")
         old = content["args"]
         if changed := "; ".join(f"--{key.replace('_', '-')} {old.get(key)} there, {value} here"
                                 for key, value in settings.items() if old.get(key) != value):
@@ -245,8 +244,12 @@ class Log:
 
     def add(self, **entry):
         self.entries.append(entry)
-        with open(self.path, "a") as handle:
-            print(json.dumps(entry), file=handle)
+        try:
+            with open(self.path, "a") as handle:
+                print(json.dumps(entry), file=handle)
+        except OSError as error:
+            raise models.CheckpointError(f"{self.path}: cannot be written ({error.strerror}). Mend that and start the same "
+                                         "command again: it goes on from the last checkpoint") from None
 
 
 def draw_curve(entries, out, title):
@@ -298,10 +301,9 @@ def main():
         raise data.DataError(f"--batch-size {args.batch_size}: {args.data} has {len(rows)} patches to train on (and "
                              f"{len(held)} held out): choose a smaller batch")
     stats = patches.stats(set(patches.splits) - {"test"})
-    batches = TwoViews if args.method == "simclr-rgb" else data.RandomCrops
-    batches = batches(patches, rows, args.crop, args.batch_size, args.seed, drop_last=True, rank=rank, world=world)
-    if args.method == "simclr-rgb":
-        batches.scale, batches.stats = args.scale, stats
+    kind = TwoViews if args.method == "simclr-rgb" else data.RandomCrops
+    batches = kind(patches, rows, args.crop, args.batch_size, args.seed, drop_last=True, rank=rank, world=world)
+    batches.scale, batches.stats = args.scale, stats  # for TwoViews
 
     torch.manual_seed(args.seed)
     model = models.Contrastive(args.method, patches.bands, args.arch).to(device, memory_format=torch.channels_last)
@@ -311,7 +313,7 @@ def main():
     args.precision = models.resolve_precision(args.precision, device)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings["bands"] = patches.bands["s1"] + patches.bands["s2"]
-    settings["data"] = hashlib.sha256("\n".join(patches.ids).encode()).hexdigest()[:12]  # which patches, not where
+    settings["data"] = patches.identity()
     settings["processes"] = world if device.type == "cpu" else None  # there each has its own batch norm statistics
     args.out.mkdir(parents=True, exist_ok=True)
     start, found = resume(args, settings, model, optimizer, rank)

@@ -24,16 +24,17 @@ cd "$(dirname "$0")"
 
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")
+IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus > 0 ? gpus - 1 : 0)))}"
 # Jobs that do not depend on each other: one per GPU at a time, on a CPU two at a time with half the cores each.
 slots=$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
 [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$(((cores + slots - 1) / slots))
 if [ -n "$sen12ms" ]; then
-  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5" pretrain=()
+  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5" batch=200 pretrain=()
   finetune=(--workers $((cores / slots < 8 ? cores / slots : 8))) probe=("${finetune[@]}")
 else
-  out=${out:-simulated} seeds=2 fractions="0.01 0.1 0.5"
+  out=${out:-simulated} seeds=2 fractions="0.01 0.1 0.5" batch=48
   # Small, and with higher learning rates than published, so that a few steps move the weights at all.
-  pretrain=(--epochs 8 --constant-epochs 4 --batch-size 48 --crop 32 --lr 1e-3 --holdout 0.15 --workers 0 --cache ram)
+  pretrain=(--epochs 8 --constant-epochs 4 --batch-size "$batch" --crop 32 --lr 1e-3 --holdout 0.15 --workers 0 --cache ram)
   finetune=(--epochs 3 --drop-epoch 2 --batch-size 32 --crop 32 --lr 3e-4 --classifier-lr 3e-3 --workers 0 --cache ram)
   probe=(--crop 32 --workers 0)
 fi
@@ -47,7 +48,7 @@ run_jobs() {
   for ((slot = 0; slot < slots; slot++)); do
     (
       set +m
-      [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=$slot
+      [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=${visible[slot]}
       for ((i = slot; i < ${#jobs[@]}; i += slots)); do
         echo "+ ${jobs[i]}"
         if [ "$slots" -eq 1 ]; then eval "${jobs[i]}"  # the progress bars of several at a time go to files
@@ -65,7 +66,7 @@ run_jobs() {
 
 if [ -z "$sen12ms" ]; then
   [ -e "$out/dfc2020/index.json" ] || python tests/simulate.py "$out/trees" --size 48 --scenes 8 --patches 24 \
-    --dfc-train 64 --dfc-test 64
+    --dfc-train 48 --dfc-test 64
   sen12ms=$out/trees/sen12ms dfc2020=$out/trees/dfc2020
 fi
 for name in sen12ms dfc2020; do  # a tree is packed once; a store is taken as it is
@@ -77,7 +78,9 @@ done
 
 for method in d-simclr mma simclr-rgb; do
   options=(--method "$method" --data "$sen12ms" --out "$out/runs/$method" "${pretrain[@]}")
-  if [ "$gpus" -gt 1 ]; then torchrun --standalone --nproc-per-node "$gpus" pretrain.py "${options[@]}"
+  processes=$gpus  # as many as divide the batch
+  while [ "$processes" -gt 1 ] && [ $((batch % processes)) -ne 0 ]; do processes=$((processes - 1)); done
+  if [ "$processes" -gt 1 ]; then torchrun --standalone --nproc-per-node "$processes" pretrain.py "${options[@]}"
   else queue python pretrain.py "${options[@]}"; fi
 done
 run_jobs

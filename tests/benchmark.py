@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import simulate
 
 import data
+import linear_eval
 import models
 import pretrain
 
@@ -167,7 +168,7 @@ def data_path():
             ["packing, 2 workers", f"{whole['pack']:,.0f} patches/s", f"reading and judging alone {whole['read']:,.0f} patches/s",
              f"{whole['pack'] / whole['read']:.2f}", "0.8"],
             *([f"memory of packing 2,000 patches, {name}", f"{many:,.0f} MB", f"200 patches {few:,.0f} MB",
-               f"{many - few:+.0f} MB", "within 50 MB"] for name, few, many in zip(("main process", "largest worker"), *memory)),
+               f"{many - few:+.0f} MB", "within 50 MB, a worker under 500 MB"] for name, few, many in zip(("main process", "largest worker"), *memory)),
             ["180,662 patches: open, first batch of 200", f"{opening:.2f} s", "", "", "under 1 s"],
         ]
     table("Data path, crops of 128 px from patches of 256 px", ("", "measured", "against", "ratio", "target"), rows)
@@ -351,14 +352,6 @@ def training():
 
 def probes():
     """All linear probes of five seeds, beside frozen forward passes as the released code makes them."""
-    import argparse
-
-    import numpy as np
-    import torch
-
-    import linear_eval
-    import models
-
     rng, d = np.random.default_rng(0), 1024
     centres, mix = rng.normal(0, 1, (8, 64)), rng.normal(0, 1 / 8, (64, d))
 

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits and processes are compared on the CPU
 BACKGROUND = ThreadPoolExecutor(1)
 CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once for all the processes that tests start
 torch.set_num_threads(1)  # a second one gains little on small crops, and other processes are at work

@@ -32,15 +32,16 @@ def write_tif(path, array):
 
 
 def write_tree(tree, rng, count=12, size=16, layout="release", bands=13, labels=True):
-    """Random patches in a layout -> {(scene, patch): {sensor: path}}."""
+    """Random patches in a layout -> {(scene, patch): {sensor: path}}. size: a side or (height, width)."""
     form, codes, _ = LAYOUTS[layout]
+    high, wide = size if isinstance(size, tuple) else (size, size)
     written = {}
     for k in range(count):
         scene, patch = 1 + k % 3, 9 + k // 3  # p9 comes before p10
-        images = {"s1": rng.normal(-12, 5, (2, size, size)).astype(np.float32),
-                  "s2": rng.integers(1, 12_000, (bands, size, size)).astype(np.uint16)}
+        images = {"s1": rng.normal(-12, 5, (2, high, wide)).astype(np.float32),
+                  "s2": rng.integers(1, 12_000, (bands, high, wide)).astype(np.uint16)}
         if labels:
-            images[codes] = np.repeat(rng.integers(0, 12, (4 if codes == "lc" else 1, size // 4, size)), 4, 1).astype(np.uint8)
+            images[codes] = np.repeat(rng.integers(0, 12, (4 if codes == "lc" else 1, high // 4, wide)), 4, 1).astype(np.uint8)
         written[scene, patch] = {s: Path(tree) / form.format(s=s, scene=scene, patch=patch) for s in images}
         for sensor, image in images.items():
             write_tif(written[scene, patch][sensor], image)
@@ -172,6 +173,26 @@ def test_to_input(seed):
             assert torch.allclose(x.double(), y, rtol=1e-5, atol=1e-5)
     with pytest.raises(data.DataError, match="patch-max, fixed, standard"):
         data.to_input(s1, s2, "minmax")
+
+
+def test_what_is_not_finite_is_missing():
+    s1, s2 = torch.full((1, 2, 3, 3), -12.0), torch.full((1, 13, 3, 3), 700.0)
+    stats = {"s1": {"mean": [-12.5, -19], "std": [0.1, 0.1]}, "s2": {"mean": [900] * 13, "std": [0.1] * 13}}
+    for value in (float("nan"), float("inf"), float("-inf")):
+        s1[0, 0, 0, 0] = s2[0, 4, 1, 1] = value
+        for scale in data.SCALES:
+            a, b = data.to_input(s1, s2, scale, stats)
+            assert a.isfinite().all() and b.isfinite().all() and a[0, 0, 0, 0] == 0
+
+
+def test_bands_and_their_order_are_checked():
+    bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
+    s1, s2 = torch.zeros(1, 2, 3, 3), torch.zeros(1, 13, 3, 3)
+    data.to_input(s1, s2, "fixed", bands=bands, names=bands)
+    with pytest.raises(data.DataError, match="s2 has 12 channels, not 13: B1 B2"):
+        data.to_input(s1, s2[:, 1:], "fixed", bands=bands)
+    with pytest.raises(data.DataError, match="s1 has VH VV, the encoder takes VV VH: reorder"):
+        data.to_input(s1, s2, "fixed", bands=bands, names={**bands, "s1": ["VH", "VV"]})
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -380,8 +401,10 @@ def test_commands(tmp_path, rng, monkeypatch, capsys):
     packed = capsys.readouterr().out
     call(monkeypatch, data, "check", tree, "--workers", 0)
     assert capsys.readouterr().out in packed and "9 of 986 published" in packed
+    read, calls = data.read_patch, []
+    monkeypatch.setattr(data, "read_patch", lambda *args: (calls.append(1), read(*args))[1])
     call(monkeypatch, data, "show", tree, tmp_path / "p.png", "--workers", 0, "--count", 2)
-    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG" and len(calls) == 4  # to judge and to draw two of nine
     os.truncate(tree / "train/s1/1.9.tiff", 100)
     with pytest.raises(data.DataError, match="1 of 9 patches cannot be used"):
         call(monkeypatch, data, "check", tree, "--workers", 0)

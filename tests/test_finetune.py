@@ -91,7 +91,7 @@ def test_crops_without_a_label_teach_nothing():
 def fit_some(labelled, rows, **change):
     args = argparse.Namespace(**{"crop": 32, "batch_size": 2, "lr": 1e-5, "classifier_lr": 1e-5, "weight_decay": 0.0,
                                  "epochs": 1, "drop_epoch": 1, "workers": 0, "precision": "float32", "device": "cpu",
-                                 "arch": "resnet18", **change})
+                                 "arch": "resnet18", "results": labelled.parent, **change})
     patches = data.open_data(labelled, workers=0)
     model = finetune.make_classifier("only-s2", patches, {}, args, seed=0)
     finetune.train(model, patches, np.array(rows), {"scale": "fixed"}, "single", 0, args, "a run")

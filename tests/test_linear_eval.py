@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import simulate
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, call, user
@@ -28,7 +29,7 @@ def checkpoint(tmp_path_factory, trees):
     path = tmp_path_factory.mktemp("run") / "last.pt"
     models.save_checkpoint(path, models.Contrastive("d-simclr", patches.bands), method="d-simclr", arch="resnet18",
                            bands=patches.bands, scale="standard", stats=patches.stats(set(patches.splits)),
-                           simulated=True, args={"crop": 32, "holdout": 0.3})
+                           simulated=True, args={"crop": 32, "holdout": 0.3, "data": patches.identity()})
     return path
 
 
@@ -404,7 +405,8 @@ def test_baselines(tmp_path, labelled, monkeypatch):
 
 
 def embeddings(monkeypatch, checkpoint, tree, out, *options):
-    call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", tree, "--embed", out, *options)
+    call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", tree, "--embed", out, "--precision",
+         "float32", *options)
     return dict(np.load(out))
 
 
@@ -445,7 +447,7 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, 
         a, b = (F.normalize(heads[k](nets[k](v))) for k, v in (("1", a), ("2", b)))
     capsys.readouterr()
     call(monkeypatch, linear_eval, "--checkpoint", tmp_path / "released.pth", "--data", labelled, "--crop", 32,
-         "--workers", 0, "--retrieve", tmp_path / "out.png")
+         "--workers", 0, "--precision", "float32", "--retrieve", tmp_path / "out.png")
     assert f"median rank {models.retrieval(a @ b.T)['median']:g}\n" in capsys.readouterr().out
 
 
@@ -473,6 +475,13 @@ def test_retrieval_as_a_picture(tmp_path, trees, checkpoint, monkeypatch, capsys
     said = capsys.readouterr().out
     assert f"{24 if tree == 'dfc2020' else 32} held-out candidates," in said  # of sen12ms: half of the scenes
     assert (tmp_path / "out.png").stat().st_size > 20_000
+
+
+def test_retrieval_needs_patches_that_pretraining_did_not_see(tmp_path, checkpoint, monkeypatch):
+    simulate.simulate_sen12ms(tmp_path / "others", scenes=2, patches=2, size=40, seed=9)
+    with pytest.raises(data.DataError, match="--retrieve needs patches that pretraining did not see"):
+        call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", tmp_path / "others", "--workers", 0, "--retrieve",
+             tmp_path / "out.png")
 
 
 @pytest.mark.parametrize("options, message", [

@@ -337,7 +337,7 @@ def exported(tmp_path_factory):
                   data={"path": "datasets/sen12ms", "pairs": 80}, simulated=False)
     model.eval()
     import linear_eval
-    line = {"protocol": "linear", "task": "single", "label_fraction": 1.0, "seed": 0, "average": 0.5, "overall": 0.6,
+    line = {"protocol": "linear", "probe": "knn", "sensors": "s1", "task": "single", "label_fraction": 1.0, "seed": 0, "average": 0.5, "overall": 0.6,
             "checkpoint": linear_eval.file_hash(folder / "last.pt")}
     (folder / "results.jsonl").write_text(f'{json.dumps(line)}\n{json.dumps({**line, "checkpoint": "other"})}\n{{"cut o')
     return folder, model, models.export(folder / "last.pt", folder / "out", folder / "results.jsonl")
@@ -372,7 +372,7 @@ def test_the_card_says_what_a_user_must_know(exported):
     assert (card["method"], card["epochs"], card["retrieval"]) == ("D-SimCLR", 7, {"candidates": 9})
     assert card["data"] == {"path": "datasets/sen12ms", "pairs": 80}
     assert "modified Copernicus Sentinel data" in card["licence"]
-    assert [line["average"] for line in card["scores"]] == [0.5]
+    assert [(line["average"], line["probe"], line["sensors"]) for line in card["scores"]] == [(0.5, "knn", "s1")]
 
 
 def test_export_from_the_command_line(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_data import BAD, spoil, write_tree
+from test_data import BAD, LAYOUTS, spoil, write_tree
 
 import data
 
@@ -216,7 +216,7 @@ def test_small_tmpfs(tree, packed, tmp_path):
 
 def test_disk_that_fills_in_spite_of_the_reservation(tree, packed, tmp_path, capfd):
     def run():
-        data.reserve = lambda store, files: [path.touch() for path in files]
+        data.reserve = lambda store, files, *progress: (data.replace(*progress), [path.touch() for path in files])
         data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
     assert wait(fork(limited(200_000, run))) == 2
     assert "File too large: mend that" in capfd.readouterr().out and not (tmp_path / "store/index.json").exists()
@@ -280,6 +280,36 @@ def test_too_many_bad_stop_early_and_max_bad_goes_on(tree, packed, tmp_path, mon
         data.pack(tree, tmp_path / "store", 0)
     data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
     assert contents(tmp_path / "store") == packed and len(judged) == len(set(judged)) == 58
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_trees(tmp_path, seed):
+    """Any layout, size and number of bands, bad files mixed in: left out is what was spoiled, and no more; tree and
+    store agree bit for bit."""
+    rng = np.random.default_rng(seed)
+    layout, size = list(LAYOUTS)[seed % len(LAYOUTS)], (4 * int(rng.integers(2, 8)), int(rng.integers(7, 30)))
+    written = write_tree(tmp_path / "tree", rng, 24, size, layout, bands=int(rng.integers(12, 14)))
+    spoilt = rng.permutation(len(written))[:5]
+    for k, kind in zip(spoilt, rng.permutation(list(BAD))):
+        sensor, do, _ = BAD[kind]
+        do(list(written.values())[k][LAYOUTS[layout][1] if sensor == "lc" else sensor])
+    index = data.pack(tmp_path / "tree", tmp_path / "store", int(rng.integers(3)), max_bad=0.5)
+    assert index["patches"] == 19 and len(index["left_out"]) == 5 and tuple(index["shape"][1:]) == size
+    tree, store = (data.open_data(tmp_path / name, workers=0, max_bad=0.5) for name in ("tree", "store"))
+    assert {key: value for key, value in index.items() if key != "key"} == tree.index == {
+        key: value for key, value in store.index.items() if key != "key"}
+    side = int(rng.integers(1, min(size) + 1))
+    for make in (lambda p: data.RandomCrops(p, range(19), side, 7, seed), lambda p: data.GridCrops(p, range(19), side, 7)):
+        for step in range(3):
+            for x, y in zip(make(tree)[step], make(store)[step], strict=True):
+                assert torch.equal(x, y)
+
+
+def test_files_that_are_not_of_a_packing_are_left_alone(tree, tmp_path):
+    (tmp_path / "s1.npy").write_bytes(b"mine")
+    with pytest.raises(data.DataError, match="s1.npy: there is such a file, but no packing began here"):
+        data.pack(tree, tmp_path, 0, max_bad=0.5)
+    assert (tmp_path / "s1.npy").read_bytes() == b"mine" and not (tmp_path / "progress.jsonl").exists()
 
 
 def test_unicode_and_spaces(tmp_path):

@@ -353,6 +353,9 @@ def test_weights_alone_are_nothing_to_go_on_from(store, reference, tmp_path):
     torch.save({f"{sensor}_model_weights": content["encoders"][sensor] for sensor in ("s1", "s2")}, out / "last.pt")
     code, text = finish(start([*MMA, "--data", store], out))
     assert code == 2 and "weights only" in text and text.count("\n") == 1
+    shutil.copy(reference / "previous.pt", out / "previous.pt")  # where there is a whole one, from there
+    assert "last.pt: weights only, nothing to go on from: kept as last.bad, going on" in run([*MMA, "--data", store], out)
+    assert_same_run(out, reference)
 
 
 def small_files_only():

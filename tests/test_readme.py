@@ -1,13 +1,53 @@
-"""The README's snippet, run as it stands."""
+"""The README's snippet, run as it stands, and its scripts one after another."""
+import functools
 import re
 import runpy
 
 import numpy as np
 import rasterio
 import torch
-from conftest import ROOT
+from conftest import BACKGROUND, ROOT, folder, user
 
 import models
+
+
+def as_a_user():
+    """-> folder of what the scripts write, each run in a process of its own on a tiny simulated tree."""
+    out = folder() / "a user"
+    encoders, labelled = ("--checkpoint", out / "run/last.pt"), ("--data", out / "dfc2020")
+    small = ("--crop", 16, "--seeds", 1, "--results", out / "results")
+    for command in (
+            ("tests/simulate.py", out, "--size", 16, "--scenes", 4, "--patches", 6, "--dfc-train", 24, "--dfc-test", 16),
+            ("data.py", "check", out / "dfc2020"),
+            ("data.py", "pack", out / "sen12ms", out / "store", "--workers", 1),
+            ("data.py", "show", out / "dfc2020", out / "pairs.png"),
+            ("pretrain.py", "--method", "mma", "--data", out / "store", "--out", out / "run", "--epochs", 1,
+             "--batch-size", 8, "--crop", 16, "--holdout", 0.25),
+            ("linear_eval.py", *encoders, *labelled, *small, "--task", "single", "multi"),
+            ("finetune.py", "--method", "only-s2", *labelled, *small, "--epochs", 1),
+            ("linear_eval.py", "--report", out / "results"),
+            ("linear_eval.py", *encoders, *labelled, "--embed", out / "embeddings.npz"),
+            ("linear_eval.py", *encoders, *labelled, "--retrieve", out / "retrieval.png"),
+            ("models.py", "export", out / "run/last.pt", out / "exported", "--results", out / "results/results.jsonl")):
+        done = user(*command)
+        assert done.returncode == 0, (command, done.stderr)
+    return out
+
+
+@functools.cache
+def begin():
+    return BACKGROUND.submit(as_a_user)
+
+
+def test_the_scripts_one_after_another():
+    out = begin().result()
+    for name in ("store/index.json", "pairs.png", "run/curve.png", "retrieval.png",
+                 "results/confusion_onlysen_2.png", "exported/s1.pt", "exported/card.json"):
+        assert (out / name).exists(), name
+    text = (out / "results/tables.md").read_text()
+    assert "| OnlySen-2 |" in text and "| MMA | both | 100% |" in text and "SIMULATED" in text
+    with np.load(out / "embeddings.npz") as arrays:
+        assert arrays["s1"].shape == (40, 256)
 
 
 def test_snippet_goes_from_two_geotiffs_to_an_embedding(tmp_path, monkeypatch):
