@@ -1,5 +1,7 @@
 """Fixtures: simulated trees, the shared reference data, scripts run as a user runs them."""
+import contextlib
 import functools
+import io
 import multiprocessing
 import os
 import runpy
@@ -62,8 +64,9 @@ def labelled(trees):
 
 def pytest_collection_finish(session):
     """Begin what takes long in other processes, one at a time beside the tests, unless only a few tests are run."""
-    for module in dict.fromkeys(item.module for item in session.items) if len(session.items) > 100 else ():
-        getattr(module, "begin", int)()
+    with contextlib.redirect_stderr(io.StringIO()):  # pytest does not yet hide progress bars
+        for module in dict.fromkeys(item.module for item in session.items) if len(session.items) > 100 else ():
+            getattr(module, "begin", int)()
 
 
 def pytest_unconfigure():
