@@ -1,10 +1,13 @@
 """The seven rows, trained for a step or two on simulated trees."""
 import argparse
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import call, user
+from conftest import CONTEXT, as_main, call, user
 
 import data
 import finetune
@@ -55,6 +58,27 @@ def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, labelled, monk
     assert not np.array_equal(logits[0]["logits"], logits[1]["logits"])  # another seed
     monkeypatch.setattr(finetune, "train", None)
     assert tune(monkeypatch, labelled, tmp_path / "a", *options) == first
+
+
+def test_killed_and_started_again_nothing_is_lost_or_counted_twice(tmp_path, labelled):
+    def command(name):
+        return ("--method", "only-s1", "--data", labelled, *QUICK, "--seeds", 3, "--results", tmp_path / name)
+
+    def lines(name):
+        return [{key: value for key, value in line.items() if key != "seconds"}
+                for line in linear_eval.Results(tmp_path / name).read()]
+
+    assert user("finetune.py", *command("whole")).returncode == 0
+    process = CONTEXT.Process(target=as_main, args=("finetune.py", command("killed"), tmp_path))
+    process.start()
+    while not lines("killed"):
+        time.sleep(0.01)
+        assert process.is_alive()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert 1 <= len(lines("killed")) < 3
+    assert user("finetune.py", *command("killed")).returncode == 0
+    assert lines("killed") == lines("whole") and len(lines("whole")) == 3
 
 
 @pytest.mark.parametrize("options, message", [
