@@ -95,12 +95,12 @@ def positive(text):
 
 def classes_from_dfc(codes):
     """DFC2020 codes (simplified IGBP, 1-10), any shape -> uint8 classes 0-7 in the order of CLASSES, else 255."""
-    return DFC_TO_CLASS[np.clip(codes, 0, 255)]
+    return DFC_TO_CLASS[np.clip(np.asarray(codes, np.int64), 0, 255)]
 
 
 def classes_from_igbp(codes):
     """IGBP codes (1-17, layer 1 of SEN12MS `lc`), any shape -> uint8 classes 0-7 in the order of CLASSES, else 255."""
-    return DFC_TO_CLASS[IGBP_TO_DFC[np.clip(codes, 0, 255)]]
+    return DFC_TO_CLASS[IGBP_TO_DFC[np.clip(np.asarray(codes, np.int64), 0, 255)]]
 
 
 def class_counts(classes):

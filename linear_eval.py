@@ -183,12 +183,13 @@ def extract(network, scaling, patches, rows, args):
         with cast:
             found = models.encode(network, *inputs) if isinstance(network, nn.ModuleDict) else {"logits": network(*inputs)}
         part = {name: models.pooled(values).float() for name, values in found.items()}
-        if not all(values.isfinite().all() for values in part.values()):
-            raise data.DataError(f"{args.checkpoint or args.method}: values that are not finite on the crops of "
-                                 f"{patches.path}: try --precision float32, or a lower --lr")
         part |= {"single": data.single_label(classes), "multi": data.multi_label(classes), "row": row}
         parts.append({key: value.cpu().numpy() for key, value in part.items()})
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    found = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise data.DataError(f"{args.checkpoint or args.method}: values that are not finite on the crops of {patches.path}: "
+                             "try --precision float32, or a lower --lr")
+    return found
 
 
 def labelled(part, task):

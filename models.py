@@ -299,9 +299,9 @@ def refuse_unfit(path, content):
             raise CheckpointError(f"{path}: the weights for {sensor} take {first.shape[1]} bands, not the {len(bands)} "
                                   f"that it names: {' '.join(bands)}")
         stats = (content["stats"] or {}).get(sensor) or {}
-        if lost := [key for key in ("mean", "std") if len(stats.get(key) or ()) != len(bands)] \
-                if content["scale"] == "standard" else ():
-            raise CheckpointError(f"{path}: scale `standard` without the {lost[0]} of every band of {sensor}")
+        for key in ("mean", "std") if content["scale"] == "standard" else ():
+            if len(stats.get(key) or ()) != len(bands):
+                raise CheckpointError(f"{path}: scale `standard` without the {key} of every band of {sensor}")
 
 
 def load_encoders(checkpoint):
@@ -314,7 +314,7 @@ def load_encoders(checkpoint):
             encoder.load_state_dict(content["encoders"][name])
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{content.get('file', 'checkpoint')}: the weights for {name} are not those of "
+            raise CheckpointError(f"{content['file']}: the weights for {name} are not those of "
                                   f"{content['arch']}: {reason}") from None
     return encoders.eval(), {key: content[key] for key in ("scale", "stats", "bands")}
 

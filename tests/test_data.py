@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -409,6 +410,25 @@ def test_commands(tmp_path, rng, monkeypatch, capsys):
     with pytest.raises(data.DataError, match="1 of 9 patches cannot be used"):
         call(monkeypatch, data, "check", tree, "--workers", 0)
     assert "validation/1.9: 1.9.tiff: truncated" in capsys.readouterr().out
+
+
+class Dying(torch.utils.data.Dataset):
+    def __getitem__(self, item):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_reader_that_dies_is_one_line(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        data.run(lambda: list(data.make_loader(Dying(), range(4), 1)))
+    said = capsys.readouterr().err
+    assert "DataLoader worker" in said and "--workers" in said and said.count("\n") == 1
+
+
+def test_codes_of_any_integer_type():
+    for dtype in (np.int8, np.uint8, np.int16, np.int64):
+        codes = np.array([1, 10, 3, 0, 100, -1 if np.dtype(dtype).kind == "i" else 99]).astype(dtype)
+        assert data.classes_from_dfc(codes).tolist() == [0, 7, 255, 255, 255, 255]
+        assert data.classes_from_igbp(codes).tolist() == [0, 2, 0, 255, 255, 255]  # 3 is a forest there, 10 grassland
 
 
 def test_error_in_one_line(tmp_path):
