@@ -1,10 +1,11 @@
-"""Encoders, projection heads, contrastive losses, classifier, checkpoints. Knows no files but checkpoints.
+"""Encoders, projection heads, contrastive losses, classifier, checkpoints.
 
     from models import load_encoders, nt_xent, mma_similarity, info_nce
-    encoders, scaling = load_encoders("runs/d-simclr/last.pt")      # {"s1": module, "s2": module}, for data.to_input
-    python models.py export runs/d-simclr/last.pt OUT/              # plain torchvision state_dicts and a card
+    encoders, scaling = load_encoders("runs/d-simclr/last.pt")   # {"s1": module, "s2": module}
+    s1, s2 = data.to_input(s1, s2, **scaling)
+    python models.py export runs/d-simclr/last.pt OUT   # plain torchvision state_dicts and a card
 
-This file can be copied alone; it needs torch and torchvision.
+Knows no files but checkpoints. This file can be copied alone; it needs torch and torchvision.
 """
 import argparse
 import contextlib
@@ -25,10 +26,11 @@ from torchvision.models import resnet18, resnet50
 S1_BANDS = ["VV", "VH"]
 S2_BANDS = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12"]
 RGB = ["B4", "B3", "B2"]
+CLASSES = ["Forest", "Shrubland", "Grassland", "Wetland", "Cropland", "Urban", "Barren", "Water"]
 CHECKPOINT_FORMAT = 1
 
 ARCHITECTURES = {"resnet18": resnet18, "resnet50": resnet50}
-# The rows of the tables, in the poster's order: what each encoder sees, and whether it can be pretrained.
+# The rows of the tables in the poster's order: what each encoder sees, whether it is pretrained.
 METHODS = {
     "only-s1": {"title": "OnlySen-1", "inputs": ("s1",), "pretrained": False},
     "only-s2": {"title": "OnlySen-2", "inputs": ("s2",), "pretrained": False},
@@ -44,13 +46,13 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used as asked. The text is one line: which, why, and the mend."""
 
 
-# ---------------------------------------------------------------------------------------------- networks
+# ---------------------------------------- networks
 
 def resnet(arch, bands):
-    """torchvision's `resnet18` or `resnet50` for (N, bands, h, w) input, random weights; gives (N, 512 or 2048)."""
+    """torchvision's network with random weights: (N, bands, h, w) -> (N, 512), resnet50 2048."""
     network = ARCHITECTURES[arch](weights=None)
     network.conv1 = nn.Conv2d(bands, 64, kernel_size=7, stride=2, padding=3, bias=False)
-    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
+    nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")  # as there
     network.features = network.fc.in_features
     network.fc = nn.Identity()
     return network
@@ -61,23 +63,26 @@ class VGGBlock(nn.Module):
 
     def __init__(self, inputs, outputs):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
-            nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+        layers = []
+        for channels in (inputs, outputs):
+            layers.append(nn.Conv2d(channels, outputs, 3, padding=1))
+            layers += nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        self.layers = nn.Sequential(*layers)
 
     def forward(self, x):
         return self.layers(x)
 
 
 class VGG(nn.Module):
-    """Encoder of MMA (after Windsor et al. 2021): (N, bands, h, w) -> feature map (N, 256, h / 8, w / 8)."""
+    """Encoder of MMA (after Windsor et al. 2021): (N, bands, h, w) -> map (N, 256, h/8, w/8)."""
     features = 256
 
     def __init__(self, bands):
         super().__init__()
-        widths = (bands, 64, 128, 256, 256)
-        for k in range(4):
-            setattr(self, f"convs{k + 1}", VGGBlock(widths[k], widths[k + 1]))
+        self.convs1 = VGGBlock(bands, 64)
+        self.convs2 = VGGBlock(64, 128)
+        self.convs3 = VGGBlock(128, 256)
+        self.convs4 = VGGBlock(256, 256)
 
     def forward(self, x):
         x = F.max_pool2d(self.convs1(x), 2)
@@ -89,15 +94,20 @@ class VGG(nn.Module):
 def make_encoders(method, bands, arch="resnet18"):
     """-> ModuleDict of a method's encoders by input: `s1`, `s2`, or `s1+s2` for stacked bands.
     bands: {"s1": [names], "s2": [names]} as in data.Patches.bands."""
-    count = {"s1": len(bands["s1"]), "s2": len(bands["s2"]), "s1+s2": len(bands["s1"]) + len(bands["s2"])}
-    build = VGG if method == "mma" else lambda n: resnet(arch, n)
-    return nn.ModuleDict({name: build(count[name]) for name in METHODS[method]["inputs"]})
+    encoders = nn.ModuleDict()
+    for name in METHODS[method]["inputs"]:
+        count = sum(len(bands[sensor]) for sensor in name.split("+"))
+        encoders[name] = VGG(count) if method == "mma" else resnet(arch, count)
+    return encoders
 
 
 def encode(encoders, s1, s2):
-    """Network input of both sensors -> {input: features (N, D) or map (N, 256, h / 8, w / 8)} of each encoder."""
-    return {name: encoder(torch.cat((s1, s2), 1) if name == "s1+s2" else s1 if name == "s1" else s2)
-            for name, encoder in encoders.items()}
+    """Network input of both sensors -> {input: features (N, D) or map (N, 256, h/8, w/8)} of each
+    encoder."""
+    inputs = {"s1": s1, "s2": s2}
+    if "s1+s2" in encoders:
+        inputs["s1+s2"] = torch.cat((s1, s2), 1)
+    return {name: encoder(inputs[name]) for name, encoder in encoders.items()}
 
 
 def pooled(features):
@@ -106,33 +116,36 @@ def pooled(features):
 
 
 class Contrastive(nn.Module):
-    """A method's encoders with their projection heads, 512 -> 512 -> 128; none for MMA, which compares maps.
-
-    forward: two network inputs -> the two float32 embeddings (N, 128), or maps (N, 256, h / 8, w / 8), to be compared:
-    of the two sensors, or for SimCLR (RGB) of two augmentations of one image.
-    """
+    """A method's encoders with their projection heads, 512 -> 512 -> 128; MMA, which compares maps,
+    has none. forward: two network inputs, of the two sensors or for SimCLR (RGB) two views of one
+    image -> the two float32 embeddings (N, 128), or maps (N, 256, h/8, w/8), to be compared."""
 
     def __init__(self, method, bands, arch="resnet18", width=128):
         super().__init__()
-        self.method, self.encoders, self.heads = method, make_encoders(method, bands, arch), nn.ModuleDict()
+        self.method = method
+        self.encoders = make_encoders(method, bands, arch)
+        self.heads = nn.ModuleDict()
         for name, encoder in self.encoders.items() if method != "mma" else ():
             d = encoder.features
-            self.heads[name] = nn.Sequential(nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, width))
+            layers = nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, width)
+            self.heads[name] = nn.Sequential(*layers)
 
     def forward(self, a, b):
-        if self.method == "simclr-rgb":  # one pass, so that batch norm sees both augmentations together
-            return self.heads["s2"](self.encoders["s2"](torch.cat((a, b)))).float().chunk(2)
+        if self.method == "simclr-rgb":  # one pass, so that batch norm sees both views together
+            features = self.encoders["s2"](torch.cat((a, b)))
+            return self.heads["s2"](features).float().chunk(2)
         a, b = self.encoders["s1"](a), self.encoders["s2"](b)
         if self.method != "mma":
             a, b = self.heads["s1"](a), self.heads["s2"](b)
         return a.float(), b.float()
 
     def loss(self, a, b, temperature, first=0, n=None):
-        """Loss of the n places from `first` on (default all of them) among the embeddings of all N places."""
-        if self.method == "mma":
-            return info_nce(mma_similarity(a[first:][:n], b), temperature, None if n is None else
-                            mma_similarity(b[first:][:n], a), first)
-        return nt_xent(a, b, temperature, first, n)
+        """Loss of the n places from `first` on (default: of all) among the embeddings of all N."""
+        if self.method != "mma":
+            return nt_xent(a, b, temperature, first, n)
+        rows = mma_similarity(a[first:][:n], b)
+        columns = None if n is None else mma_similarity(b[first:][:n], a)
+        return info_nce(rows, temperature, columns, first)
 
     def similarity(self, a, b):
         """(N, N) similarity of embeddings as the loss sees it."""
@@ -140,7 +153,8 @@ class Contrastive(nn.Module):
 
 
 class Classifier(nn.Module):
-    """One linear layer on the concatenated features of a method's encoders. Network input of both sensors -> (N, 8)."""
+    """One linear layer on the features of a method's encoders side by side: network input of both
+    sensors -> (N, classes)."""
 
     def __init__(self, encoders, classes=8):
         super().__init__()
@@ -148,92 +162,107 @@ class Classifier(nn.Module):
         self.fc = nn.Linear(sum(encoder.features for encoder in encoders.values()), classes)
 
     def forward(self, s1, s2):
-        return self.fc(torch.cat([pooled(f) for f in encode(self.encoders, s1, s2).values()], 1))
+        features = encode(self.encoders, s1, s2).values()
+        return self.fc(torch.cat([pooled(x) for x in features], 1))
 
 
 def resolve_precision(precision, device):
-    """`auto` -> `bf16` where the device computes in it natively, else `float32`; these two as they are."""
+    """`auto` -> `bf16` where the device computes in it natively, else `float32`."""
     if precision != "auto":
         return precision
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else \
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return "bf16" if native else "float32"
 
 
 def autocast(precision, device):
     """Context in which networks run."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16")
+    enabled = resolve_precision(precision, device) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
 
-# ---------------------------------------------------------------------------------------------- losses
+# ---------------------------------------- losses
 
 def nt_xent(z1, z2, temperature, first=0, n=None):
     """NT-Xent (Chen et al. 2020) over 2N embeddings, here of two sensors.
 
-    z1, z2: (N, d), of any length; row i of both is one place. Each of the 2N rows picks its partner among the 2N - 1
-    others by cosine similarity / temperature; mean cross-entropy -> scalar. first, n: only the rows of the n places
-    from `first` on, against all columns: the share of one process.
+    z1, z2: (N, d), of any length; row i of both is one place. Each of the 2N rows picks its
+    partner among the 2N - 1 others by cosine similarity / temperature; mean cross-entropy ->
+    scalar. first, n: as one of several processes, only the rows of the n places from `first` on.
     """
     places, n = len(z1), len(z1) if n is None else n
     z = F.normalize(torch.cat((z1, z2)), dim=1)
-    own = torch.arange(first, first + n, device=z.device)
-    own, partner = torch.cat((own, own + places)), torch.cat((own + places, own))
-    logits = (z if n == places else z[own]) / temperature @ z.T  # (2n, 2N)
-    logits.detach().scatter_(1, own[:, None], float("-inf"))  # in place and off the graph, where its gradient is zero
+    left = torch.arange(first, first + n, device=z.device)
+    anchor = torch.cat((left, left + places))
+    partner = torch.cat((left + places, left))
+    logits = (z if n == places else z[anchor]) / temperature @ z.T  # (2n, 2N)
+    logits.detach().scatter_(1, anchor[:, None], float("-inf"))  # off the graph: no gradient
     return F.cross_entropy(logits, partner)
 
 
 def mma_similarity(m1, m2):
-    """Similarity of feature maps (Windsor et al. 2021): both normalised along their channels at every location, m2
-    correlated with m1 over all relative shifts, the maximum, divided by the locations of m2.
-    m1: (N, c, H, W), m2: (M, c, h, w) with h <= H, w <= W -> (N, M). Maps of equal size have one shift."""
+    """Similarity of feature maps (Windsor et al. 2021): both normalised along their channels at
+    every location, m2 correlated with m1 over all relative shifts, the maximum, divided by the
+    locations of m2. Maps of equal size have one shift.
+    m1: (N, c, H, W), m2: (M, c, h, w) with h <= H, w <= W -> (N, M)."""
     m1, m2 = F.normalize(m1, dim=1), F.normalize(m2, dim=1)
     locations = m2.shape[2] * m2.shape[3]
     if m1.shape[2:] == m2.shape[2:]:
         return m1.flatten(1) @ m2.flatten(1).T / locations
     if m1.shape[2] < m2.shape[2] or m1.shape[3] < m2.shape[3]:
-        raise ValueError(f"m1 {tuple(m1.shape)} is smaller than m2 {tuple(m2.shape)}: exchange them")
-    return F.conv2d(m1, m2).amax((2, 3)) / locations  # (N, M, H - h + 1, W - w + 1) before the maximum
+        raise ValueError(f"m1 {[*m1.shape]} is smaller than m2 {[*m2.shape]}: exchange them")
+    return F.conv2d(m1, m2).amax((2, 3)) / locations  # maximum of (N, M, H - h + 1, W - w + 1)
 
 
 def info_nce(similarity, temperature, columns=None, first=0):
-    """Symmetric InfoNCE: mean cross-entropy towards the diagonal of similarity / temperature, over rows and over
-    columns, mean of both -> scalar. similarity: (N, N), or for one process's share rows `first` onwards (n, N) with
-    `columns` (n, N), the same columns transposed."""
+    """Symmetric InfoNCE: mean cross-entropy towards the diagonal of similarity / temperature, over
+    rows and over columns, mean of both -> scalar. similarity: (N, N); or, in one of several
+    processes, its rows from `first` on (n, N), and `columns` (n, N), the same columns transposed.
+    """
     target = torch.arange(first, first + len(similarity), device=similarity.device)
     columns = similarity.T if columns is None else columns
-    return (F.cross_entropy(similarity / temperature, target) + F.cross_entropy(columns / temperature, target)) / 2
+    loss = F.cross_entropy(similarity / temperature, target)
+    return (loss + F.cross_entropy(columns / temperature, target)) / 2
 
 
 @torch.no_grad()
 def retrieval(similarity):
-    """(N, N) similarity of queries to candidates, the right one on the diagonal -> {"top1", "top5": shares, "median":
-    rank of the right one, 1 is best}. Of equals the right one counts as last, and NaN is never found, so a collapsed
-    encoder scores nothing."""
-    rank = len(similarity) - (similarity < similarity.diagonal()[:, None]).sum(1).float()
-    return {"top1": (rank <= 1).float().mean().item(), "top5": (rank <= 5).float().mean().item(),
+    """(N, N) similarity of queries to candidates, the right one on the diagonal -> {"top1",
+    "top5": shares found there, "median": rank of the right one, 1 is best}. Of equals the right
+    one counts as last, and NaN is never found, so a collapsed encoder scores nothing."""
+    worse = similarity < similarity.diagonal()[:, None]
+    rank = len(similarity) - worse.sum(1).float()
+    return {"top1": (rank <= 1).float().mean().item(),
+            "top5": (rank <= 5).float().mean().item(),
             "median": rank.quantile(0.5).item()}
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
-# A checkpoint is a dict: format, method, arch, bands {"s1", "s2": names in order}, scale, stats {"s1", "s2": {"mean",
-# "std"}}, simulated, args, encoders and heads {"s1", "s2": state_dict}, versions; from pretrain.py also epoch, step,
-# optimizer, random, retrieval, data. No pickle in a file is ever executed.
+# ---------------------------------------- checkpoints
+# A checkpoint is a dict: format, method, arch, bands {"s1", "s2": names in order}, classes (names),
+# scale, stats {"s1", "s2": {"mean", "std"}}, simulated, args, encoders and heads {"s1", "s2":
+# state_dict}, versions; from pretrain.py also epoch, step, optimizer, random, retrieval, data.
+# No pickle in a file is ever executed.
 
-RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "scale": "patch-max", "stats": None,
-            "simulated": False, "heads": {}, "args": {}}  # what the weights released with the paper do not say
+# What the weights released with the paper do not say.
+RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "classes": CLASSES,
+            "scale": "patch-max", "stats": None, "simulated": False, "heads": {}, "args": {}}
 
 
 def save_checkpoint(path, model, **content):
-    """Write a Contrastive model and whatever else a checkpoint holds; the file before it is kept as `previous.pt`.
-    The file is there whole or not at all, and one of the two always is. Raises CheckpointError."""
+    """Write a Contrastive model and whatever else a checkpoint holds; the file before it is kept
+    as `previous.pt`. The file is there whole or not at all, and one of the two always is. Raises
+    CheckpointError."""
     path = Path(path)
-    content = {"format": CHECKPOINT_FORMAT, **content,
-               "encoders": {name: encoder.state_dict() for name, encoder in model.encoders.items()},
-               "heads": {name: head.state_dict() for name, head in model.heads.items()},
-               "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
-    temporary, buffer = path.with_suffix(".tmp"), io.BytesIO()
-    torch.save(content, buffer)  # to memory, since its writer does not always say clearly that a disk is full
+    content = {
+        "format": CHECKPOINT_FORMAT, **content,
+        "encoders": {name: encoder.state_dict() for name, encoder in model.encoders.items()},
+        "heads": {name: head.state_dict() for name, head in model.heads.items()},
+        "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
+    buffer = io.BytesIO()  # since torch's own writer does not always name a full disk
+    torch.save(content, buffer)
+    temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as handle:
             handle.write(buffer.getbuffer())
@@ -242,71 +271,95 @@ def save_checkpoint(path, model, **content):
     except OSError as error:
         temporary.unlink(missing_ok=True)
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason}); the one before it is kept. Free space and start "
-                              "the same command again") from None
+        raise CheckpointError(f"{path}: cannot be written ({reason}); the one before it is kept. "
+                              "Free space and start the same command again") from None
     if path.exists():
         path.replace(path.with_name("previous.pt"))
     temporary.replace(path)
 
 
 def load_checkpoint(path):
-    """-> the content of a checkpoint of this project, or of the weights released with the paper in the same form, on
-    the CPU. Raises CheckpointError."""
+    """-> the content of a checkpoint of this project, or of the weights released with the paper
+    in the same form, on the CPU. Raises CheckpointError."""
+    content = read_weights(path)
+    if isinstance(content.get("state_dict"), dict):
+        content = released_resnets(content["state_dict"])
+    elif "s1_model_weights" in content and "s2_model_weights" in content:
+        encoders = {"s1": content["s1_model_weights"], "s2": content["s2_model_weights"]}
+        content = {**RELEASED, "method": "mma", "encoders": encoders}
+    elif content.get("format") != CHECKPOINT_FORMAT:
+        raise CheckpointError(
+            f"{path}: neither a checkpoint of this version nor weights released with the paper")
+    content = {"classes": CLASSES, **content, "file": str(path)}  # older ones do not name classes
+    refuse_unfit(path, content)
+    return content
+
+
+def read_weights(path):
+    """-> the dict in a file of torch.save, an empty one where it holds something else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; python pretrain.py writes it") from None
     except Exception as error:  # a foreign file can raise anything in the unpickler
         if needs := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(f"{path}: holds code or objects ({needs[1]}), not only weights; it was not read, "
-                                  "since that would run code from the file") from error
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        content = {}
-    if isinstance(content.get("state_dict"), dict):  # the authors' ResNets: backbone1.* is S1, backbone2.* is S2
-        parts = {sensor: {key.removeprefix(prefix): value for key, value in content["state_dict"].items()
-                          if key.startswith(prefix)} for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2."))}
-        encoders = {sensor: {key: value for key, value in part.items() if not key.startswith("fc.")}
-                    for sensor, part in parts.items()}
-        heads = {sensor: {key.removeprefix("fc."): value for key, value in part.items() if key.startswith("fc.")}
-                 for sensor, part in parts.items()}  # fc.0, fc.2: the layers of our heads
-        arch = "resnet50" if "layer1.0.conv3.weight" in encoders["s1"] else "resnet18"
-        content = {**RELEASED, "method": "d-simclr", "arch": arch, "encoders": encoders}
-        if all(head.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"} for head in heads.values()):
-            content["heads"] = heads
-    elif "s1_model_weights" in content and "s2_model_weights" in content:
-        encoders = {"s1": content["s1_model_weights"], "s2": content["s2_model_weights"]}
-        content = {**RELEASED, "method": "mma", "encoders": encoders}
-    elif content.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(f"{path}: neither a checkpoint of this version nor weights released with the paper")
-    refuse_unfit(path, content)
-    return {**content, "file": str(path)}
+            raise CheckpointError(
+                f"{path}: holds code or objects ({needs[1]}), not only weights; it was not read, "
+                "since that would run code from the file") from error
+        kind = type(error).__name__
+        raise CheckpointError(f"{path}: truncated or not a checkpoint ({kind})") from error
+    return content if isinstance(content, dict) else {}
+
+
+def released_resnets(weights):
+    """The authors' state_dict of both ResNets -> content of a checkpoint."""
+    encoders, heads = {}, {}
+    for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2.")):
+        network = below(prefix, weights)
+        heads[sensor] = below("fc.", network)  # fc.0, fc.2: the layers of our heads
+        encoders[sensor] = {key: network[key] for key in network if not key.startswith("fc.")}
+    content = {**RELEASED, "method": "d-simclr", "encoders": encoders}
+    if "layer1.0.conv3.weight" in encoders["s1"]:
+        content["arch"] = "resnet50"
+    layers = {"0.weight", "0.bias", "2.weight", "2.bias"}
+    if all(head.keys() == layers for head in heads.values()):
+        content["heads"] = heads
+    return content
+
+
+def below(prefix, weights):
+    """The entries of a state_dict whose names begin with the prefix, without it."""
+    return {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
 
 
 def refuse_unfit(path, content):
-    """Raise CheckpointError where weights or a statistic are missing, or do not fit the bands that are named."""
-    if missing := [key for key in ("method", "bands", "encoders", *RELEASED) if key not in content]:
+    """Raise CheckpointError where weights or a statistic are missing, or do not fit the bands
+    that are named."""
+    missing = [key for key in ("method", "encoders", *RELEASED) if key not in content]
+    if missing:
         raise CheckpointError(f"{path}: a checkpoint without {', '.join(missing)}")
     for key, known in (("method", METHODS), ("arch", ARCHITECTURES), ("scale", SCALING)):
         if content[key] not in known:
-            raise CheckpointError(f"{path}: {key} {content[key]!r} is not one of {', '.join(known)}")
+            names = ", ".join(known)
+            raise CheckpointError(f"{path}: {key} {content[key]!r} is not one of {names}")
     for sensor in METHODS[content["method"]]["inputs"]:
         bands, weights = content["bands"][sensor], content["encoders"].get(sensor, {})
         first = weights.get("conv1.weight", weights.get("convs1.layers.0.weight"))
         if first is None:
             raise CheckpointError(f"{path}: no weights for {sensor}")
         if first.shape[1] != len(bands):
-            raise CheckpointError(f"{path}: the weights for {sensor} take {first.shape[1]} bands, not the {len(bands)} "
-                                  f"that it names: {' '.join(bands)}")
+            raise CheckpointError(f"{path}: the weights for {sensor} take {first.shape[1]} bands, "
+                                  f"not the {len(bands)} that it names: {' '.join(bands)}")
         stats = (content["stats"] or {}).get(sensor) or {}
         for key in ("mean", "std") if content["scale"] == "standard" else ():
             if len(stats.get(key) or ()) != len(bands):
-                raise CheckpointError(f"{path}: scale `standard` without the {key} of every band of {sensor}")
+                raise CheckpointError(f"{path}: scale `standard` without the {key} of every band "
+                                      f"of {sensor}")
 
 
 def load_encoders(checkpoint):
-    """-> (ModuleDict of ready encoders by sensor in eval mode, scaling: what data.to_input(s1, s2, **scaling) needs).
-    checkpoint: a path, or load_checkpoint's content. Raises CheckpointError."""
+    """-> (ModuleDict of ready encoders by sensor in eval mode, scaling: what data.to_input(s1, s2,
+    **scaling) needs). checkpoint: a path, or load_checkpoint's content. Raises CheckpointError."""
     content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     encoders = make_encoders(content["method"], content["bands"], content["arch"])
     for name, encoder in encoders.items():
@@ -319,51 +372,67 @@ def load_encoders(checkpoint):
     return encoders.eval(), {key: content[key] for key in ("scale", "stats", "bands")}
 
 
-# ---------------------------------------------------------------------------------------------- export
+# ---------------------------------------- export
 
 UNITS = {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"}
 SCALING = {
-    "patch-max": "S1 clipped to -25..0, plus 25; S2 clipped to 0..10000; then each channel / (its own maximum + 1e-5)",
+    "patch-max": "S1 clipped to -25..0, plus 25; S2 clipped to 0..10000; then each channel / (its "
+                 "own maximum + 1e-5)",
     "fixed": "S1 clipped to -25..0, plus 25, / 25; S2 clipped to 0..10000, / 10000",
     "standard": "(value - mean) / std of the band; missing S1 becomes 0"}
 LOADING = {
-    "resnet": "net = torchvision.models.{arch}(); net.conv1 = torch.nn.Conv2d({bands}, 64, 7, 2, 3, bias=False); "
-              "net.fc = torch.nn.Identity(); net.load_state_dict(torch.load('{name}.pt')); or in the first place "
+    "ResNet": "net = torchvision.models.{arch}(); "
+              "net.conv1 = torch.nn.Conv2d({bands}, 64, 7, 2, 3, bias=False); "
+              "net.fc = torch.nn.Identity(); net.load_state_dict(torch.load('{name}.pt')); "
+              "or in the first place "
               "net = timm.create_model('{arch}', in_chans={bands}, num_classes=0)",
-    "vgg": "net = models.VGG({bands}); net.load_state_dict(torch.load('{name}.pt'))"}
-LICENCE = "Trained on data that contain modified Copernicus Sentinel data, which are free for any use with that notice."
+    "VGG": "net = models.VGG({bands}); net.load_state_dict(torch.load('{name}.pt'))"}
+LICENCE = ("Trained on data that contain modified Copernicus Sentinel data, which are free for any "
+           "use with that notice.")
 
 
 def export(checkpoint, out, results=None):
-    """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, and OUT/card.json: all that a user must know.
-    results: results.jsonl of linear_eval.py, whose scores of this checkpoint go on the card. -> the card."""
+    """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, and OUT/card.json: all
+    that a user must know. results: results.jsonl of linear_eval.py, whose scores of this
+    checkpoint go on the card. -> the card."""
     content, out = load_checkpoint(checkpoint), Path(out)
     encoders, _ = load_encoders(content)
     identity = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12]  # as in results.jsonl
-    lines = []
-    for line in Path(results).read_text().splitlines() if results else ():
-        with contextlib.suppress(ValueError):  # a kill may have cut one off
-            lines.append(json.loads(line))
-    keep = ("protocol", "probe", "sensors", "task", "label_fraction", "seed", "average", "overall")
     card = {"method": METHODS[content["method"]]["title"], "simulated": content["simulated"],
             "scale": content["scale"], "scaling": SCALING[content["scale"]], "sensors": {},
-            "data": content.get("data"), "epochs": content.get("epoch"), "retrieval": content.get("retrieval"),
-            "scores": [{key: line.get(key) for key in keep} for line in lines if line["checkpoint"] == identity],
+            "classes": content["classes"], "data": content.get("data"),
+            "epochs": content.get("epoch"), "retrieval": content.get("retrieval"),
+            "scores": scores_of(identity, results) if results else [],
             "licence": "simulated data, free" if content["simulated"] else LICENCE,
             "settings": content["args"], "checkpoint": identity}
     out.mkdir(parents=True, exist_ok=True)
     for name, encoder in encoders.items():
-        torch.save({key: value.contiguous() for key, value in encoder.state_dict().items()}, out / f"{name}.pt")
-        bands, load = content["bands"][name], LOADING["vgg" if content["method"] == "mma" else "resnet"]
+        weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
+        torch.save(weights, out / f"{name}.pt")
+        bands, load = content["bands"][name], LOADING[type(encoder).__name__]
         load = load.format(arch=content["arch"], bands=len(bands), name=name)
-        card["sensors"][name] = {"file": f"{name}.pt", "bands": bands, "unit": UNITS[name], "load": load,
-                                 "features": encoder.features, **(content["stats"] or {}).get(name, {})}
+        card["sensors"][name] = {
+            "file": f"{name}.pt", "bands": bands, "unit": UNITS[name], "load": load,
+            "features": encoder.features, **(content["stats"] or {}).get(name, {})}
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     return card
 
 
+def scores_of(identity, results):
+    """What results.jsonl says of the checkpoint with this identity."""
+    keep = ("protocol", "probe", "sensors", "task", "label_fraction", "seed", "classes",
+            "average", "overall")
+    lines = []
+    for text in Path(results).read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a kill may have cut a line off
+            lines.append(json.loads(text))
+    lines = [line for line in lines if line.get("checkpoint") == identity]
+    return [{key: line.get(key) for key in keep} for line in lines]
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("export", help="each encoder as a plain state_dict, and a card")
     command.add_argument("checkpoint", help="last.pt of a run, or the file released with the paper")
@@ -375,7 +444,8 @@ def main():
     except (CheckpointError, OSError) as error:
         print(f"models.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {args.out}/card.json, {', '.join(sensor['file'] for sensor in card['sensors'].values())}")
+    files = [sensor["file"] for sensor in card["sensors"].values()]
+    print(f"wrote {args.out}/card.json, {', '.join(files)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # The whole experiment: three pretrainings, seven rows, two tasks, label fractions, linear probes, tables and figure.
 #
-#   bash run_all.sh                                    simulated data, every stage small: about 10 minutes on 2 cores
-#   bash run_all.sh --sen12ms DIR --dfc2020 DIR        the published sizes and five seeds, on all GPUs of the machine
+#   bash run_all.sh                                 simulated data, every stage small: within 10 minutes on 2 cores
+#   bash run_all.sh --sen12ms DIR --dfc2020 DIR     the published sizes and five seeds, on all GPUs of the machine
 #
-# DIR is a folder of GeoTIFFs or a store of data.py pack. --out DIR is where everything goes (default: simulated/, or
-# experiment/ for real data). Started again after a break, it does only what is missing.
+# DIR is a folder of GeoTIFFs or a store of data.py pack. --out DIR is where everything goes (default: simulated/,
+# or experiment/ for real data). Started again after a break, it does only what is missing.
 set -euo pipefail
 
 sen12ms="" dfc2020="" out=""
@@ -29,14 +29,19 @@ IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus > 0 ? gp
 slots=$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
 [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$(((cores + slots - 1) / slots))
 if [ -n "$sen12ms" ]; then
-  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5" batch=200 pretrain=()
-  finetune=(--workers $((cores / slots < 8 ? cores / slots : 8))) probe=("${finetune[@]}")
+  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5" batch=200
+  d_simclr=() mma=() simclr_rgb=() scale=()
+  finetune=(--threads $((cores / slots < 8 ? (cores + slots - 1) / slots : 8))) probe=("${finetune[@]}")
 else
-  out=${out:-simulated} seeds=2 fractions="0.01 0.1 0.5" batch=48
-  # Small, and with higher learning rates than published, so that a few steps move the weights at all.
-  pretrain=(--epochs 8 --constant-epochs 4 --batch-size "$batch" --crop 32 --lr 1e-3 --holdout 0.15 --workers 0 --cache ram)
-  finetune=(--epochs 3 --drop-epoch 2 --batch-size 32 --crop 32 --lr 3e-4 --classifier-lr 3e-3 --workers 0 --cache ram)
-  probe=(--crop 32 --workers 0)
+  out=${out:-simulated} seeds=1 fractions="0.1" batch=64
+  # Small crops, and higher learning rates than published, so that some hundred steps are enough.
+  scale=(--scale fixed)
+  common=(--batch-size "$batch" --lr 1e-3 --holdout 0.2 --eval-every 5 --threads 1)
+  d_simclr=("${common[@]}" --crop 32 --epochs 15 --constant-epochs 8)
+  mma=("${common[@]}" --crop 16 --epochs 15 --constant-epochs 8)
+  simclr_rgb=("${common[@]}" --crop 32 --epochs 10 --constant-epochs 5)
+  probe=(--crop 32 --threads 1)
+  finetune=("${probe[@]}" --epochs 12 --drop-epoch 9 --batch-size 32 --lr 1e-3 --classifier-lr 1e-2)
 fi
 mkdir -p "$out"
 
@@ -65,8 +70,8 @@ run_jobs() {
 }
 
 if [ -z "$sen12ms" ]; then
-  [ -e "$out/dfc2020/index.json" ] || python tests/simulate.py "$out/trees" --size 48 --scenes 8 --patches 24 \
-    --dfc-train 48 --dfc-test 64
+  [ -e "$out/dfc2020/index.json" ] || python tests/simulate.py "$out/trees" --size 48 --scenes 16 --patches 40 \
+    --dfc-train 96 --dfc-test 96
   sen12ms=$out/trees/sen12ms dfc2020=$out/trees/dfc2020
 fi
 for name in sen12ms dfc2020; do  # a tree is packed once; a store is taken as it is
@@ -77,7 +82,8 @@ for name in sen12ms dfc2020; do  # a tree is packed once; a store is taken as it
 done
 
 for method in d-simclr mma simclr-rgb; do
-  options=(--method "$method" --data "$sen12ms" --out "$out/runs/$method" "${pretrain[@]}")
+  declare -n settings=${method//-/_}
+  options=(--method "$method" --data "$sen12ms" --out "$out/runs/$method" "${settings[@]}" "${scale[@]}")
   processes=$gpus  # as many as divide the batch
   while [ "$processes" -gt 1 ] && [ $((batch % processes)) -ne 0 ]; do processes=$((processes - 1)); done
   if [ "$processes" -gt 1 ]; then torchrun --standalone --nproc-per-node "$processes" pretrain.py "${options[@]}"
@@ -89,15 +95,18 @@ evaluate=(--data "$dfc2020" --results "$out/results" --seeds "$seeds")
 for method in d-simclr mma simclr-rgb; do
   probed=(python linear_eval.py "${evaluate[@]}" "${probe[@]}" --task single multi)
   queue "${probed[@]}" --checkpoint "$out/runs/$method/last.pt"
-  queue "${probed[@]}" --baseline random --method "$method"
+  queue "${probed[@]}" --baseline random --method "$method" "${scale[@]}"
 done
-queue "${probed[@]}" --baseline bands
+queue "${probed[@]}" --baseline bands "${scale[@]}"
 for method in d-simclr mma; do
   for sensor in s1 s2; do queue "${probed[@]}" --checkpoint "$out/runs/$method/last.pt" --sensors "$sensor"; done
 done
 for method in mma d-simclr late-fusion early-fusion simclr-rgb only-s2 only-s1; do
   tuned=(python finetune.py "${evaluate[@]}" --method "$method" "${finetune[@]}")
-  case $method in simclr-rgb | d-simclr | mma) tuned+=(--checkpoint "$out/runs/$method/last.pt") ;; esac
+  case $method in
+    simclr-rgb | d-simclr | mma) tuned+=(--checkpoint "$out/runs/$method/last.pt") ;;
+    *) tuned+=("${scale[@]}") ;;
+  esac
   queue "${tuned[@]}" --task single multi
   case $method in early-fusion | late-fusion | d-simclr | mma)  # the lines of the figure
     read -ra shares <<< "$fractions"
@@ -105,4 +114,4 @@ for method in mma d-simclr late-fusion early-fusion simclr-rgb only-s2 only-s1; 
   esac
 done
 run_jobs
-python linear_eval.py --report "$out/results"
+python finetune.py --report "$out/results"

@@ -1,4 +1,4 @@
-"""Fixtures: simulated trees, the shared reference data, scripts run as a user runs them."""
+"""Fixtures: simulated trees and stores, the shared reference data, scripts run as a user does."""
 import contextlib
 import functools
 import io
@@ -24,9 +24,11 @@ import data
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits and processes are compared on the CPU
 BACKGROUND = ThreadPoolExecutor(1)
-CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once for all the processes that tests start
+CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once for all that tests start
+CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot",
+                                "rasterio", "torch._dynamo"])
 torch.set_num_threads(1)  # a second one gains little on small crops, and other processes are at work
-CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot", "rasterio", "torch._dynamo"])
+
 
 @pytest.fixture(scope="session")
 def shared():
@@ -44,7 +46,7 @@ def folder():
 
 @functools.cache
 def simulated():
-    """Small simulated trees: sen12ms (64 pairs of 40 px) and dfc2020 (32 + 24 labelled) -> their folder."""
+    """Trees sen12ms (64 pairs of 40 px in 4 scenes) and dfc2020 (32 + 24 labelled) -> their folder."""
     simulate.simulate_sen12ms(folder() / "sen12ms", scenes=4, patches=16, size=40, seed=1)
     simulate.simulate_dfc2020(folder() / "dfc2020", train=32, test=24, size=40, seed=1)
     return folder()
@@ -58,14 +60,22 @@ def trees():
 @pytest.fixture(scope="session")
 def labelled(trees):
     """The tree dfc2020, packed."""
-    data.pack(trees / "dfc2020", trees / "labelled", workers=0)
+    data.pack(trees / "dfc2020", trees / "labelled")
     return trees / "labelled"
 
 
+@pytest.fixture(scope="session")
+def pairs(trees):
+    """The tree sen12ms, packed."""
+    data.pack(trees / "sen12ms", trees / "pairs")
+    return trees / "pairs"
+
+
 def pytest_collection_finish(session):
-    """Begin what takes long in other processes, one at a time beside the tests, unless only a few tests are run."""
+    """Begin what takes long in other processes, one at a time, unless only a few tests are run."""
+    modules = dict.fromkeys(item.module for item in session.items)
     with contextlib.redirect_stderr(io.StringIO()):  # pytest does not yet hide progress bars
-        for module in dict.fromkeys(item.module for item in session.items) if len(session.items) > 100 else ():
+        for module in modules if len(session.items) > 100 else ():
             getattr(module, "begin", int)()
 
 
@@ -79,7 +89,6 @@ def pytest_unconfigure():
 
 def as_main(script, args, folder):
     """In a process of its own: the script, its output into files of the folder."""
-    multiprocessing.set_start_method("fork", force=True)  # for its readers, as in a process that a user starts
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     torch.set_num_threads(1)

@@ -1,8 +1,10 @@
-"""data.py: labels, network input, finding and judging files, crops, its command line."""
+"""data.py: labels, network input, what a tree holds, crops and their loader, its command line."""
+import functools
+import itertools
 import json
 import math
 import os
-import signal
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -14,78 +16,120 @@ from conftest import call, user
 
 import data
 
-LAYOUTS = {  # files of the place (scene, patch): their path, the codes' sensor, split and the id that comes out
-    "release": ("ROIs1158_spring/{s}_{scene}/ROIs1158_spring_{s}_{scene}_p{patch}.tif", "lc", "spring"),
-    "archive": ("ROIs2017_winter_{s}/{s}_{scene}/ROIs2017_winter_{s}_{scene}_p{patch}.tif", "lc", "winter"),
-    "dfc release": ("ROIs0000_test/{s}_{scene}/ROIs0000_test_{s}_{scene}_p{patch}.tif", "dfc", "test"),
-    "dfc split": ("{s}_validation/ROIs0000_validation_{s}_{scene}_p{patch}.tif", "dfc", "validation"),
-    "dfc flat": ("{s}/ROIs0000_test_{s}_{scene}_p{patch}.tif", "dfc", "test"),
-    "plain": ("{s}/place {scene} é {patch}.tif", "classes", ""),
-    "plain split": ("train/{s}/{scene}.{patch}.tiff", "classes", "validation"),
+LAYOUTS = {  # path of a file of a patch, which sensor has its codes, split, id, scene
+    "release": ("ROIs1158_spring/{s}_{scene}/ROIs1158_spring_{s}_{scene}_p{patch}.tif", "lc", "spring",
+                "ROIs1158_spring_{scene}_p{patch}", "ROIs1158_spring_{scene}"),
+    "archive": ("ROIs2017_winter_{s}/{s}_{scene}/ROIs2017_winter_{s}_{scene}_p{patch}.tif", "lc",
+                "winter", "ROIs2017_winter_{scene}_p{patch}", "ROIs2017_winter_{scene}"),
+    "dfc release": ("ROIs0000_test/{s}_{scene}/ROIs0000_test_{s}_{scene}_p{patch}.tif", "dfc", "test",
+                    "ROIs0000_test_{scene}_p{patch}", "ROIs0000_test_{scene}"),
+    "dfc split": ("{s}_validation/ROIs0000_validation_{s}_{scene}_p{patch}.tif", "dfc", "validation",
+                  "ROIs0000_validation_{scene}_p{patch}", "ROIs0000_validation_{scene}"),
+    "dfc flat": ("{s}/ROIs0000_test_{s}_{scene}_p{patch}.tif", "dfc", "test",
+                 "ROIs0000_test_{scene}_p{patch}", "ROIs0000_test_{scene}"),
+    "plain": ("{s}/place {scene} é {patch}.tif", "classes", "",
+              "place {scene} é {patch}", "place {scene} é {patch}"),
+    "plain split": ("train/{s}/{scene}.{patch}.tiff", "classes", "validation",
+                    "validation/{scene}.{patch}", "validation/{scene}.{patch}"),
+    "scenes": ("{s}/river {scene}/{patch}.tif", "classes", "",
+               "river {scene}/{patch}", "river {scene}"),
+    "scenes split": ("test/{s}/river {scene}/{patch}.tif", "classes", "test",
+                     "test/river {scene}/{patch}", "test/river {scene}"),
 }
+OF_CODE = np.full(256, 255)  # class of each code of DFC2020
+OF_CODE[[1, 2, 4, 5, 6, 7, 9, 10]] = range(8)
 
 
 def write_tif(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(path, "w", driver="GTiff", count=len(array), height=array.shape[1], width=array.shape[2],
-                       dtype=array.dtype, transform=rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)) as tif:
+    with rasterio.open(path, "w", driver="GTiff", count=len(array), height=array.shape[1],
+                       width=array.shape[2], dtype=array.dtype,
+                       transform=rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)) as tif:
         tif.write(array)
 
 
-def write_tree(tree, rng, count=12, size=16, layout="release", bands=13, labels=True):
-    """Random patches in a layout -> {(scene, patch): {sensor: path}}. size: a side or (height, width)."""
-    form, codes, _ = LAYOUTS[layout]
-    high, wide = size if isinstance(size, tuple) else (size, size)
+def read(path):
+    with rasterio.open(path) as tif:
+        return tif.read()
+
+
+def write_tree(tree, rng, count=12, size=(16, 16), layout="dfc release", bands=(2, 13), labels=True):
+    """Random patches in a layout -> {id: {sensor: path}}. bands: how many of S1, of S2."""
+    form, codes, _, name, _ = LAYOUTS[layout]
     written = {}
     for k in range(count):
-        scene, patch = 1 + k % 3, 9 + k // 3  # p9 comes before p10
-        images = {"s1": rng.normal(-12, 5, (2, high, wide)).astype(np.float32),
-                  "s2": rng.integers(1, 12_000, (bands, high, wide)).astype(np.uint16)}
+        place = {"scene": 1 + k % 3, "patch": 9 + k // 3}  # as text p10 comes before p9
+        images = {"s1": rng.normal(-12, 5, (bands[0], *size)).astype(np.float32),
+                  "s2": rng.integers(1, 12_000, (bands[1], *size)).astype(np.uint16)}
         if labels:
-            images[codes] = np.repeat(rng.integers(0, 12, (4 if codes == "lc" else 1, high // 4, wide)), 4, 1).astype(np.uint8)
-        written[scene, patch] = {s: Path(tree) / form.format(s=s, scene=scene, patch=patch) for s in images}
+            layers = rng.integers(0, 12, (4 if codes == "lc" else 1, size[0] // 4, size[1]))
+            images[codes] = np.resize(layers.repeat(4, 1), (len(layers), *size)).astype(np.uint8)
+        files = {sensor: Path(tree) / form.format(s=sensor, **place) for sensor in images}
         for sensor, image in images.items():
-            write_tif(written[scene, patch][sensor], image)
-    return written
+            write_tif(files[sensor], image)
+        written[name.format(**place)] = files
+    return dict(sorted(written.items()))
 
 
-def rewrite(path, change):
-    with rasterio.open(path) as tif:
-        array = tif.read()
-    write_tif(path, change(array))
+def as_stored(files):
+    """-> s1, s2 and classes that a store must hold of a patch, straight from its files."""
+    codes = [read(path) for sensor, path in files.items() if sensor in ("dfc", "classes")]
+    s1 = np.rint(read(files["s1"]) * 100).astype(np.int16)
+    return [s1, read(files["s2"]), *(OF_CODE[code].astype(np.uint8) for code in codes)]
 
 
-def with_value(value):
+def rewrite(change):
+    return lambda path: write_tif(path, change(read(path)))
+
+
+def with_value(value, dtype=None):
     def change(array):
+        array = array.astype(dtype or array.dtype)
         array[0, 3, 5] = value
         return array
-    return change
+    return rewrite(change)
+
+
+def as_complex(path):
+    """Single look complex, of whose data type numpy knows nothing."""
+    with rasterio.open(path, "r") as tif:
+        profile = tif.profile
+    with rasterio.open(path, "w", **{**profile, "dtype": "complex_int16"}):
+        pass
 
 
 BAD = {  # how to spoil a file -> the sensor, what is done to it, words of the reason
-    "bands": ("s2", lambda p: rewrite(p, lambda a: a[:11]), "11 bands, not 13"),
-    "size": ("s1", lambda p: rewrite(p, lambda a: a[:, :-2]), "14 x 16 px, not 16 x 16"),
-    "label size": ("lc", lambda p: rewrite(p, lambda a: a[:, :, 1:]), "16 x 15 px, not 16 x 16"),
-    "type": ("s2", lambda p: rewrite(p, lambda a: a.astype(np.float32)), "wrong data type float32"),
+    "bands": ("s2", rewrite(lambda a: a[:11]), "11 bands, not 1[23]"),
+    "s1 bands": ("s1", rewrite(lambda a: a[:1]), "1 bands, not 2"),
+    "size": ("s1", rewrite(lambda a: a[:, :-2]), "1?[0-9] x [0-9]+ px, not"),
+    "label size": ("dfc", rewrite(lambda a: a[:, :, 1:]), "[0-9]+ x [0-9]+ px, not"),
+    "label type": ("dfc", rewrite(np.float64), "wrong data type float64"),
+    "type": ("s2", rewrite(np.float32), "wrong data type float32"),
+    "s1 type": ("s1", rewrite(np.int16), "wrong data type int16"),
+    "complex": ("s1", as_complex, "wrong data type complex_int16"),
     "truncated": ("s2", lambda p: os.truncate(p, p.stat().st_size // 2), "truncated"),
-    "empty": ("s1", lambda p: p.write_bytes(b""), "empty file"),
+    "empty": ("s1", lambda p: p.write_bytes(b""), "not a TIFF"),
     "no TIFF": ("s1", lambda p: p.write_text("<html>please log in</html>"), "not a TIFF"),
-    "NaN": ("s1", lambda p: rewrite(p, with_value(np.nan)), "NaN or infinite"),
-    "infinite": ("s1", lambda p: rewrite(p, with_value(-np.inf)), "NaN or infinite"),
-    "zero": ("s2", lambda p: rewrite(p, np.zeros_like), "all zero (nodata)"),
-    "negative": ("s2", lambda p: rewrite(p, lambda a: with_value(-1)(a.astype(np.int32))), "outside 0..65535"),
+    "NaN": ("s1", with_value(np.nan), "NaN or infinite"),
+    "infinite": ("s1", with_value(-np.inf), "NaN or infinite"),
+    "linear": ("s1", rewrite(lambda a: 10 ** (a / 10)), "never below 0, so not in dB"),
+    "zero": ("s2", rewrite(np.zeros_like), r"all zero \(nodata\)"),
+    "negative": ("s2", with_value(-1, np.int32), "outside 0..65535"),
+    "large": ("s2", with_value(65_536, np.uint32), "outside 0..65535"),
     "dangling": ("s2", lambda p: (p.unlink(), p.symlink_to("gone")), "cannot be opened"),
-    "partner": ("s1", lambda p: p.unlink(), "no s1 file"),
-    "label": ("lc", lambda p: p.unlink(), "no label file"),
+    "partner": ("s2", Path.unlink, "no s2 file"),
+    "label": ("dfc", Path.unlink, "no classes file"),
 }
 
 
-def spoil(written, rng):
-    """One patch of each kind of BAD, at random places -> {id: words of the reason}."""
-    places, expected = list(written), {}
-    for (scene, patch), (sensor, damage, words) in zip(rng.permutation(places), BAD.values()):
-        damage(written[scene, patch][sensor])
-        expected[f"ROIs1158_spring_{scene}_p{patch}"] = words
+def spoil(written, rng, kinds=BAD):
+    """Spoil one patch in each way, at random places -> {id: (file, words of the reason)}."""
+    expected = {}
+    for patch, kind in zip(rng.permutation(list(written)), kinds):
+        sensor, damage, words = BAD[kind]
+        path = written[patch].get(sensor) or written[patch]["classes"]
+        damage(path)
+        expected[patch] = ("" if words.startswith("no ") else path.name), words
     return expected
 
 
@@ -94,91 +138,105 @@ def rng(request):
     return np.random.default_rng(len(request.node.name))
 
 
-def clones(batches):
-    return [[tensor.clone() for tensor in batch] for batch in batches]
-
-
 def same(a, b):
+    """Lists of batches hold the same bits."""
     assert len(a) == len(b)
     for x, y in zip(a, b):
-        assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(x, y, strict=True))
+        for one, other in zip(x, y, strict=True):
+            assert type(one) is type(other) and (one is None or one.dtype == other.dtype)
+            assert one is None or np.array_equal(one, other)
 
 
-# ---------------------------------------------------------------------------------------------- labels and input
+# ------------------------------------------------------------------------------ labels and input
 
 def test_golden_labels(shared):
     golden = np.load(shared / "golden/labels.npz")
-    classes = data.classes_from_dfc(golden["dfc_raw"])
+    classes = data.classes_from_codes(golden["dfc_raw"])
     assert classes.dtype == np.uint8 and (classes == golden["classes"]).all()
     assert data.single_label(classes).tolist() == golden["single"].tolist()
-    assert (data.multi_label(classes) == golden["multi"]).all()
+    assert (data.multi_label(classes).numpy() == golden["multi"]).all()
 
 
 def test_golden_input(shared):
     golden = np.load(shared / "golden/preprocess.npz")
-    s1 = torch.from_numpy(np.rint(golden["s1_raw"] * 100).astype(np.int16))[None]
-    x1, x2 = data.to_input(s1, torch.from_numpy(golden["s2_raw"])[None], "patch-max")
-    assert (x1[0] - torch.from_numpy(golden["s1"])).abs().max() <= 2 * 0.00501 / (golden["s1_raw"].max((1, 2)).min() + 25)
+    s1 = np.rint(golden["s1_raw"] * 100).astype(np.int16)[None]
+    x1, x2 = data.to_input(s1, golden["s2_raw"][None], "patch-max")
+    rounding = 2 * 0.00501 / (golden["s1_raw"].max((1, 2)).min() + 25)
+    assert (x1[0] - torch.from_numpy(golden["s1"])).abs().max() <= rounding
     assert torch.allclose(x2[0], torch.from_numpy(golden["s2"]), rtol=1e-6, atol=0)
 
 
-def test_codes():
-    assert data.classes_from_dfc(np.arange(12)).tolist() == [255, 0, 1, 255, 2, 3, 4, 5, 255, 6, 7, 255]
-    expected = [255, 0, 0, 0, 0, 0, 1, 1, 255, 255, 2, 3, 4, 5, 4, 255, 6, 7, 255]  # IGBP 0..18
-    assert data.classes_from_igbp(np.arange(19, dtype=np.uint16)).tolist() == expected
-    for function in (data.classes_from_dfc, data.classes_from_igbp):
-        assert (function(np.array([-1, 255, 256, 266, 65535])) == 255).all()
+def test_codes_of_any_integer_type():
+    for dtype in (np.int8, np.uint8, np.int16, np.uint16, np.int64):
+        lowest = -1 if np.dtype(dtype).kind == "i" else 99
+        codes = np.array([*range(12), 100, lowest]).astype(dtype)
+        expected = [255, 0, 1, 255, 2, 3, 4, 5, 255, 6, 7, 255, 255, 255]
+        assert data.classes_from_codes(codes).tolist() == expected
+        named = data.classes_from_codes(codes, {"10": "wet", "0": "dry", "7": "wet", "3000": "sky"})
+        assert named.tolist() == [1, *[255] * 6, 0, 255, 255, 0, 255, 255, 255]
+    for far in ([-1, 255, 256, 266, 65_535],):
+        assert (data.classes_from_codes(np.array(far)) == 255).all()
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_labels_by_counting(seed):
     rng = np.random.default_rng(seed)
-    share = rng.dirichlet(np.full(9, 0.4))
+    count = (2, 8, 254)[seed % 3]
+    share = rng.dirichlet(np.full(count + 1, 0.4))
     h, w = rng.integers(1, 30, 2)
-    classes = rng.choice([*range(8), 255], (5, h, w), p=share).astype(np.uint8)
-    single, multi = data.single_label(classes), data.multi_label(classes)
-    assert single.dtype == np.int64 and multi.dtype == np.float32 and multi.shape == (5, 8)
-    for patch, label, several in zip(classes, single, multi):
-        counts = Counter(patch.ravel().tolist())
-        assert counts[label] == max(counts.values())
-        assert several.tolist() == [float(10 * counts[c] >= h * w) for c in range(8)]
-    assert torch.equal(data.single_label(torch.from_numpy(classes)), torch.from_numpy(single))
-    assert torch.equal(data.multi_label(torch.from_numpy(classes)), torch.from_numpy(multi))
+    classes = rng.choice([*range(count), 255], (5, h, w), p=share).astype(np.uint8)
+    single, multi = data.single_label(classes, count), data.multi_label(classes, count=count)
+    assert single.dtype == torch.int64
+    assert multi.dtype == torch.float32 and multi.shape == (5, count)
+    for patch, label, several in zip(classes, single.tolist(), multi.tolist()):
+        found = Counter(patch.ravel().tolist())
+        assert label == min(c for c in found if found[c] == max(found.values()))
+        assert several == [float(10 * found[c] >= h * w) for c in range(count)]
+    assert torch.equal(data.single_label(torch.from_numpy(classes), count), single)
+    assert torch.equal(data.multi_label(torch.from_numpy(classes), count=count), multi)
 
 
 def test_a_class_on_exactly_a_tenth_counts():
     classes = np.zeros((2, 10, 10), np.uint8)
     classes[0, 0], classes[1, 0, 1:], classes[:, 5:] = 3, 3, 255
-    assert data.multi_label(classes)[:, 3].tolist() == [1, 0] and data.single_label(classes).tolist() == [255, 255]
+    assert data.multi_label(classes)[:, 3].tolist() == [1, 0]
+    assert data.single_label(classes).tolist() == [255, 255]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_to_input(seed):
     rng = np.random.default_rng(seed)
-    s1 = torch.from_numpy(rng.integers(-4000, 1500, (4, 2, 9, 7)).astype(np.int16))
-    s2 = torch.from_numpy(rng.integers(0, 20_000, (4, 13, 9, 7)).astype(np.uint16))
-    s1[0, 0], s1[1, 1], s1[2] = data.MISSING, -700, 0
-    s2.view(torch.int16)[0, 0], s2.view(torch.int16)[1, 5] = 0, 1234
-    db, reflectance = s1.double() / 100, s2.double()
+    s1 = rng.integers(-4000, 1500, (4, 2, 9, 7)).astype(np.int16)
+    s2 = rng.integers(0, 20_000, (4, 13, 9, 7)).astype(np.uint16)
+    s1[0, 0], s1[1, 1], s1[2], s2[0, 0], s2[1, 5] = data.MISSING, -700, 0, 0, 1234
+    offset = (0, 1000)[seed % 2]
+    db = torch.from_numpy(s1).double() / 100
+    reflectance = (torch.from_numpy(s2).double() - offset).clamp(0)
     clipped = db.clamp(-25, 0) + 25, reflectance.clamp(0, 10_000)
-    stats = {"s1": {"mean": [-12.5, -19], "std": [4.0, 0]}, "s2": {"mean": [*range(900, 913)], "std": [*range(12), 0]}}
+    stats = {"s1": {"mean": [-12.5, -19], "std": [4.0, 0]},
+             "s2": {"mean": [*range(900, 913)], "std": [*range(12), 0]}}
     expected = {"patch-max": [x / (x.amax((2, 3), keepdim=True) + 1e-5) for x in clipped],
-                "fixed": [clipped[0] / 25, clipped[1] / 10_000]}
-    expected["standard"] = [
-        torch.stack([(x[:, c] - s["mean"][c]) / (s["std"][c] or 1) for c in range(x.shape[1])], 1)
-        for x, s in ((db, stats["s1"]), (reflectance, stats["s2"]))]
-    expected["standard"][0][s1 == data.MISSING] = 0
+                "fixed": [clipped[0] / 25, clipped[1] / 10_000], "standard": []}
+    for x, of in ((db, stats["s1"]), (reflectance, stats["s2"])):
+        channels = [(x[:, c] - of["mean"][c]) / (of["std"][c] or 1) for c in range(x.shape[1])]
+        expected["standard"].append(torch.stack(channels, 1))
+    expected["standard"][0][torch.from_numpy(s1 == data.MISSING)] = 0
     for scale in data.SCALES:
-        for x, y in zip(data.to_input(s1, s2, scale, stats), expected[scale], strict=True):
+        found = data.to_input(torch.from_numpy(s1), torch.from_numpy(s2), scale, stats,
+                              s2_offset=offset)
+        for x, y in zip(found, expected[scale], strict=True):
             assert x.dtype == torch.float32 and x.isfinite().all()
             assert torch.allclose(x.double(), y, rtol=1e-5, atol=1e-5)
+        for x, y in zip(data.to_input(s1, s2, scale, stats, s2_offset=offset), found, strict=True):
+            assert torch.equal(x, y)  # arrays as well
     with pytest.raises(data.DataError, match="patch-max, fixed, standard"):
         data.to_input(s1, s2, "minmax")
 
 
 def test_what_is_not_finite_is_missing():
     s1, s2 = torch.full((1, 2, 3, 3), -12.0), torch.full((1, 13, 3, 3), 700.0)
-    stats = {"s1": {"mean": [-12.5, -19], "std": [0.1, 0.1]}, "s2": {"mean": [900] * 13, "std": [0.1] * 13}}
+    stats = {"s1": {"mean": [-12.5, -19], "std": [0.1, 0.1]},
+             "s2": {"mean": [900] * 13, "std": [0.1] * 13}}
     for value in (float("nan"), float("inf"), float("-inf")):
         s1[0, 0, 0, 0] = s2[0, 4, 1, 1] = value
         for scale in data.SCALES:
@@ -190,262 +248,662 @@ def test_bands_and_their_order_are_checked():
     bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
     s1, s2 = torch.zeros(1, 2, 3, 3), torch.zeros(1, 13, 3, 3)
     data.to_input(s1, s2, "fixed", bands=bands, names=bands)
-    with pytest.raises(data.DataError, match="s2 has 12 channels, not 13: B1 B2"):
+    with pytest.raises(data.DataError, match="s2: .*12 .* 13.*B1.*B12"):
         data.to_input(s1, s2[:, 1:], "fixed", bands=bands)
-    with pytest.raises(data.DataError, match="s1 has VH VV, the encoder takes VV VH: reorder"):
+    with pytest.raises(data.DataError, match="s1: .*VH.*VV.* 2.*VV.*VH"):
         data.to_input(s1, s2, "fixed", bands=bands, names={**bands, "s1": ["VH", "VV"]})
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------ what a tree holds
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, tmp_path, rng):
     written = write_tree(tmp_path / "t", rng, 7, layout=layout)
-    patches, (form, codes, split) = data.open_data(tmp_path / "t", workers=0), LAYOUTS[layout]
-    assert len(patches) == 7 and set(patches.splits) == {split} and patches.size == (16, 16) and not patches.simulated
-    for row, key in enumerate(sorted(written, key=lambda key: str(written[key]) if "plain" in layout else key)):
-        name = Path(form.format(s="s1", scene=key[0], patch=key[1])).name
-        stem = name.replace("_s1_", "_").rpartition(".")[0]
-        assert patches.ids[row] == (f"{split}/{stem}".lstrip("/") if "plain" in layout else stem)
-        with rasterio.open(written[key]["s1"]) as tif:
-            s1 = np.rint(tif.read() * 100).astype(np.int16)
-        with rasterio.open(written[key]["s2"]) as tif:
-            s2 = tif.read()
-        with rasterio.open(written[key][codes]) as tif:
-            classes = (data.classes_from_igbp if codes == "lc" else data.classes_from_dfc)(tif.read(1))
-        for x, y in zip(patches.window(row, slice(2, 9), slice(0, 16)), (s1, s2, classes), strict=True):
-            assert x.dtype == y.dtype and (x == y[..., 2:9, :]).all()
-        assert patches.labels[row] == data.single_label(classes[None])[0]
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    _, codes, split, _, scene = LAYOUTS[layout]
+    labelled = codes != "lc"  # MODIS is too coarse for a label
+    assert patches.ids == list(written) and set(patches.splits) == {split} and not patches.simulated
+    assert Counter(patches.scenes) == Counter(
+        scene.format(scene=1 + k % 3, patch=9 + k // 3) for k in range(7))
+    assert list(patches.size) == [16, 16] and patches.labelled == labelled
+    assert patches.bands == {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
+    assert patches.classes == data.CLASSES and len(patches.arrays) == 2 + labelled
+    for row, files in enumerate(written.values()):
+        for array, expected in zip(patches.arrays, as_stored(files), strict=True):
+            assert array.dtype == expected.dtype and (array[row] == expected).all()
+    if labelled:
+        assert patches.labels.dtype == np.int64
+        assert patches.labels.tolist() == data.single_label(patches.arrays[2][:, 0]).tolist()
+    else:
+        assert patches.labels is None and not (tmp_path / "store/classes.npy").exists()
 
 
-def test_scenes_and_seasons(tmp_path, rng):
+def test_splits_and_limit(tmp_path, rng):
     for layout in ("release", "archive"):
-        write_tree(tmp_path, rng, 9, layout=layout)
-    places, _ = data.find_patches(tmp_path, seasons=["winter"])
-    assert {place.split for place in places} == {"winter"} and len(places) == 9
-    places, _ = data.find_patches(tmp_path, limit=6)
-    assert Counter(data.scene_of(place.id) for place in places) == {
-        f"{season}_{scene}": 1 for season in ("ROIs1158_spring", "ROIs2017_winter") for scene in (1, 2, 3)}
-    with pytest.raises(data.DataError, match="no pairs found of sumer"):
-        data.find_patches(tmp_path, seasons=["sumer"])
-    copy = tmp_path / "copy/ROIs1158_spring_s1_1_p9.tif"
+        write_tree(tmp_path / "t", rng, 9, layout=layout)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert set(patches.splits[patches.rows_of("winter")]) == {"winter"}
+    assert len(patches.rows_of("spring", "winter")) == 18 and len(patches.rows_of("test")) == 0
+    limited = data.pack(tmp_path / "t", tmp_path / "six", limit=6)
+    assert Counter(limited.scenes) == dict.fromkeys(patches.scenes, 1) and len(limited.rows) == 6
+    copy = tmp_path / "t/copy/ROIs1158_spring_s1_1_p9.tif"
     copy.parent.mkdir()
     copy.write_bytes(b"")
-    with pytest.raises(data.DataError, match="same patch"):
-        data.find_patches(tmp_path)
+    with pytest.raises(data.DataError, match="ROIs1158_spring_s1_1_p9.tif .* are the same patch"):
+        data.pack(tmp_path / "t", tmp_path / "other")
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_bad_files_by_name(seed, tmp_path):
     rng = np.random.default_rng(seed)
-    expected = spoil(write_tree(tmp_path / "t", rng, 40), rng)
-    with pytest.raises(data.DataError, match="--max-bad allows 1.0%"):
-        data.open_data(tmp_path / "t", workers=0)
-    tree = data.open_data(tmp_path / "t", workers=0, max_bad=0.5)
-    assert tree.index["left_out"].keys() == expected.keys()
-    for patch, words in expected.items():
-        assert words in tree.index["left_out"][patch]
-    data.pack(tmp_path / "t", tmp_path / "store", workers=0, max_bad=0.5)
-    store = data.open_data(tmp_path / "store")
-    assert store.ids == tree.ids and len(store) == 40 - len(BAD) and store.index["left_out"] == tree.index["left_out"]
-    assert store.labels.tolist() == tree.labels.tolist() and store.stats({"spring"}) == tree.stats({"spring"})
-    for patches in (tree, store, data.open_data(tmp_path / "store", cache="ram"),
-                    data.open_data(tmp_path / "t", cache="device", workers=0, max_bad=0.5)):
-        crops = data.RandomCrops(patches, np.arange(len(patches)), 9, 5, seed)
-        batches = clones(crops[step] for step in range(2 * crops.steps))
-        if patches is tree:
-            reference = batches
-        same(batches, reference)
+    written = write_tree(tmp_path / "t", rng, 60)
+    expected = spoil(written, rng)
+    patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.5)
+    assert patches.index["left_out"].keys() == expected.keys()
+    for patch, (name, words) in expected.items():
+        reason = patches.index["left_out"][patch]
+        assert reason.startswith(name) and data.re.search(words, reason) and "\n" not in reason
+    good = [patches.ids[row] for row in patches.rows]
+    assert good == [patch for patch in written if patch not in expected]
+    empty = np.setdiff1d(np.arange(len(patches.ids)), patches.rows)
+    assert len(empty) == len(BAD) - 2  # those without a file have no row
+    assert (patches.labels[empty] == 255).all() and not any(array[empty].any() for array in patches.arrays)
+    assert not any(patches.records[empty].tobytes())
+    for row in patches.rows:
+        for array, values in zip(patches.arrays, as_stored(written[patches.ids[row]]), strict=True):
+            assert (array[row] == values).all()
 
 
-def test_wrong_input_is_said(tmp_path, rng):
-    with pytest.raises(data.DataError, match="no such folder.*mediaTUM"):
-        data.open_data(tmp_path / "missing")
-    with pytest.raises(data.DataError, match="no pairs found"):
-        data.open_data(tmp_path)
-    write_tree(tmp_path / "four", rng, 5, bands=4)
-    with pytest.raises(data.DataError, match="13 bands .* or 12"):
-        data.open_data(tmp_path / "four")
-    write_tree(tmp_path / "t", rng, 5)
-    patches = data.open_data(tmp_path / "t", workers=0)
-    for crops in (data.RandomCrops, data.GridCrops):
-        with pytest.raises(data.DataError, match="--crop 17: .* 16 x 16 px"):
-            crops(patches, range(5), 17, 2, *[0] * (crops is data.RandomCrops))
+def test_lc_files_are_no_labels(tmp_path, rng):
+    written = write_tree(tmp_path / "t", rng, 12)
+    for files in list(written.values())[:2]:
+        files["dfc"].rename(files["dfc"].with_name(files["dfc"].name.replace("dfc", "lc")))
+    next(iter(written.values()))["s2"].unlink()
+    patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.5)
+    assert list(patches.index["left_out"].values()) == ["no classes and no s2 file", "no classes file"]
+    assert list(patches.index["left_out"]) == list(written)[:2] and patches.ids == list(written)[2:]
 
 
-def test_bands(tmp_path, rng):
-    write_tree(tmp_path, rng, 6, bands=12, labels=False)  # L2A has no B10
-    patches = data.open_data(tmp_path, workers=0)
-    assert patches.labels is None and patches.bands["s2"] == [band for band in data.S2_BANDS if band != "B10"]
-    with pytest.raises(data.DataError, match="no band B10; it has VV VH B1 .* B12"):
-        data.open_data(tmp_path, ["VV", "B10"], workers=0)
-    whole = [slice(0, 16)] * 2
-    s1, s2, _ = patches.window(4, *whole)
-    stats = patches.stats({"spring"})
-    data.pack(tmp_path, tmp_path / "store", 0)
-    for path, cache in ((tmp_path, None), (tmp_path / "store", None), (tmp_path / "store", "ram"), (tmp_path, "device")):
-        some = data.open_data(path, ["B12", "VH", "B4"], cache, workers=0)
-        assert some.bands == {"s1": ["VH"], "s2": ["B12", "B4"]}
-        a, b, classes = some.crops([4], [0], [0], 16)
-        assert (a[0].numpy() == s1[1:]).all() and (b[0].numpy() == s2[[11, 3]]).all() and (classes == 255).all()
-        assert some.stats({"spring"})["s2"]["mean"] == [stats["s2"]["mean"][k] for k in (11, 3)]
+def test_labels_of_one_split_do_not_bind_another(tmp_path, rng):
+    write_tree(tmp_path / "t", rng, 6, layout="dfc release")
+    write_tree(tmp_path / "t", rng, 6, layout="release")  # its lc files are no labels
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    spring = patches.rows_of("spring")
+    assert len(patches.rows) == 12 and len(spring) == 6 and not patches.index["left_out"]
+    assert (patches.labels[spring] == 255).all() and (patches.arrays[2][spring] == 255).all()
+    assert (patches.arrays[2][patches.rows_of("test")] < 8).any()
 
 
-# ---------------------------------------------------------------------------------------------- crops
+def test_bands_by_name_in_any_order(tmp_path, rng):
+    written = write_tree(tmp_path / "t", rng, 6, bands=(2, 12), labels=False)  # L2A has no B10
+    store = data.pack(tmp_path / "t", tmp_path / "store").path
+    whole = data.Patches(store)
+    assert whole.bands["s2"] == [band for band in data.S2_BANDS if band != "B10"]
+    with pytest.raises(data.DataError, match="no band B10.*VV.*VH.*B1.*B12"):
+        data.Patches(store, ["VV", "B10"])
+    s1, s2 = as_stored(list(written.values())[4])
+    for bands, radar, optical in ((["B12", "VH", "B4"], [1], [11, 3]), (["VH", "VV"], [1, 0], []),
+                                  (["B2"], [], [1]), (data.L2A_BANDS[::-1], [], range(11, -1, -1))):
+        some = data.Patches(store, bands)
+        assert some.bands["s1"] + some.bands["s2"] == sorted(bands, key=lambda b: b in data.L2A_BANDS)
+        batch = np.array([4]), np.array([2]), np.array([1])
+        for patches in (some, whole.select(bands), data.Patches(store, bands).hold("cpu")):
+            (a, b, classes, _), = data.loader(patches, [batch], 9)
+            assert (a[0].numpy() == s1[radar, 2:11, 1:10]).all() and a.shape[1] == len(radar)
+            assert (b[0].numpy() == s2[optical, 2:11, 1:10]).all() and b.shape[1] == len(optical)
+            assert classes is None
+
+
+# ------------------------------------------------------------------------------ processing baseline
+
+@pytest.mark.parametrize("name", ["sen12ms", "dfc2020"])
+def test_offset_of_real_pairs_is_found_and_removed(shared, name, tmp_path, monkeypatch, capsys):
+    tree = shared / "real" / name
+    call(monkeypatch, data, "pack", tree, tmp_path / "store")
+    packed = capsys.readouterr().out
+    call(monkeypatch, data, "check", tmp_path / "store")
+    assert capsys.readouterr().out == packed and "left out: 0" in packed
+    patches = data.Patches(tmp_path / "store")
+    since_2022 = np.array([scene[-1] in "134" for scene in patches.scenes])
+    assert (patches.records["offset"] == 1000 * since_2022).all()
+    said, = (line for line in packed.splitlines() if "offset" in line)
+    assert said.endswith(f": {since_2022.sum()}") and since_2022.sum() == (12, 48)[name == "dfc2020"]
+    raw = data.pack(tree, tmp_path / "raw", s2_offset=0)
+    removed = data.pack(tree, tmp_path / "removed", s2_offset=1000)
+    assert not raw.records["offset"].any() and (removed.records["offset"] == 1000).all()
+    assert (removed.arrays[1] == np.maximum(raw.arrays[1], 1000) - 1000).all()
+    assert (patches.arrays[1][since_2022] == removed.arrays[1][since_2022]).all()
+    assert (patches.arrays[1][~since_2022] == raw.arrays[1][~since_2022]).all()
+    assert (raw.arrays[1][~since_2022].min((1, 2, 3)) < 1000).all()
+    stats = patches.stats(patches.rows)
+    for scale in data.SCALES:
+        for row in (np.argmax(since_2022), len(since_2022) - 1):
+            s1, s2 = (x[row:row + 1] for x in raw.arrays[:2])
+            offset = int(patches.records["offset"][row])
+            once = data.to_input(s1, s2, scale, stats, s2_offset=offset)
+            stored = data.to_input(s1, patches.arrays[1][row:row + 1], scale, stats)
+            assert all(map(torch.equal, once, stored))
+
+
+def test_offset_of_data_without_cirrus_is_as_told(tmp_path, rng):
+    for path in (files["s2"] for files in write_tree(tmp_path / "t", rng, 4, bands=(2, 12)).values()):
+        rewrite(lambda a: a + 1000)(path)
+    packed = {offset: data.pack(tmp_path / "t", tmp_path / str(offset), s2_offset=offset)
+              for offset in (None, 0, 1000)}
+    assert packed[None].identity() == packed[0].identity() != packed[1000].identity()
+    assert (packed[0].arrays[1] - 1000 == packed[1000].arrays[1]).all()
+    assert (packed[1000].records["offset"] == 1000).all() and not packed[0].records["offset"].any()
+
+
+def test_one_pixel_of_cirrus_below_1000_and_there_is_no_offset(tmp_path, rng):
+    written, cirrus = write_tree(tmp_path / "t", rng, 2), np.arange(13)[:, None, None] == 10
+    for path, lowest in zip((files["s2"] for files in written.values()), (1000, 999)):
+        rewrite(lambda a: np.where(cirrus, a.clip(1000), a))(path)
+        rewrite(lambda a, lowest=lowest: np.where(cirrus & (a == 1000), lowest, a))(path)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.records["offset"].tolist() == [1000, 0]
+    assert patches.arrays[1][0].min() == 0  # what was below it
+
+
+# ------------------------------------------------------------------------------ own bands and classes
+
+FLOOD = {"s1": ["VV"], "s2": ["B12", "B8", "B4"], "classes": {"1": "dry", "2": "flooded"}}
+
+
+def legend_tree(tree, rng, legend, bands, layout="plain", count=6):
+    written = write_tree(tree, rng, count, layout=layout, bands=bands)
+    (tree / "legend.json").write_text(json.dumps(legend))
+    return written
+
+
+@pytest.mark.parametrize("left_out", [(), ("s1",), ("s2",), ("classes",), ("s1", "s2", "classes")])
+def test_legend(left_out, tmp_path, rng):
+    legend = {key: value for key, value in FLOOD.items() if key not in left_out}
+    bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS, **legend}
+    written = legend_tree(tmp_path / "t", rng, legend, (len(bands["s1"]), len(bands["s2"])))
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.bands == {"s1": bands["s1"], "s2": bands["s2"]} and len(patches.rows) == 6
+    assert patches.classes == (data.CLASSES if "classes" in left_out else ["dry", "flooded"])
+    for row, files in enumerate(written.values()):
+        s1, s2, classes = as_stored(files)
+        if "classes" not in left_out:
+            classes[classes > 1] = 255
+        for array, values in zip(patches.arrays, (s1, s2, classes)):
+            assert (array[row] == values).all()
+    assert set(patches.labels) <= {*range(len(patches.classes)), 255}
+
+
+def test_bands_of_another_sensor_and_several_codes_of_one_class(tmp_path, rng):
+    legend = {"s1": ["HH", "HV", "γ"], "s2": ["nir 865", "red", "B4", "pan"],
+              "classes": {"7": "tree", "0": "other", "3": "tree", "11": "sea ice", "-4": "other"}}
+    written = legend_tree(tmp_path / "t", rng, legend, (3, 4))
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.classes == ["tree", "other", "sea ice"]
+    number = np.full(256, 255)
+    number[[7, 0, 3, 11]] = 0, 1, 0, 2
+    for row, files in enumerate(written.values()):
+        assert (patches.arrays[2][row, 0] == number[read(files["classes"])[0]]).all()
+    assert (patches.records["pixels"].sum(1) == 256).all()
+    assert patches.select(["pan", "HV"]).bands == {"s1": ["HV"], "s2": ["pan"]}
+    stats = patches.stats(patches.rows)
+    assert math.isclose(stats["s2"]["mean"][0], patches.arrays[1][:, 3].mean(), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("count", [2, 254])
+def test_fewest_and_most_classes(count, tmp_path, rng):
+    legend = {"classes": {str(code): f"class {code}" for code in range(count)}}
+    written = legend_tree(tmp_path / "t", rng, legend, (2, 13))
+    codes = rng.integers(0, 256, (1, 16, 16)).astype(np.uint8)
+    write_tif(next(iter(written.values()))["classes"], codes)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert (patches.arrays[2][0] == np.where(codes < count, codes, 255)).all()
+    assert (patches.labels == data.single_label(patches.arrays[2][:, 0], count).numpy()).all()
+
+
+WRONG_LEGENDS = {
+    "unknown key": ('{"s3": ["a"]}', "key"),
+    "band twice": ('{"s1": ["VV", "VV"]}', "twice"),
+    "band of both sensors": ('{"s1": ["VV", "B4"]}', "twice"),
+    "cirrus of both sensors": ('{"s1": ["VV", "B10"]}', "twice"),
+    "code twice": ('{"classes": {"1": "a", "2": "b", "1": "c"}}', "twice"),
+    "code twice in other words": ('{"classes": {"1": "a", "2": "b", "01": "c"}}', "twice"),
+    "code that is none": ('{"classes": {"1": "a", "two": "b"}}', "two"),
+    "one class": ('{"classes": {"1": "a", "2": "a"}}', "2 to 254 classes"),
+    "255 classes": (json.dumps({"classes": {str(k): str(k) for k in range(255)}}), "2 to 254 classes"),
+    "broken": ('{"s1": ["VV"', "legend.json"),
+    "not UTF-8": (b"\xff\xfe{", "legend.json"),
+    "a list": ('["VV", "VH"]', "legend.json"),
+    "bands not a list": ('{"s1": "VV"}', "legend.json"),
+    "classes not an object": ('{"classes": ["dry", "flooded"]}', "legend.json"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_LEGENDS)
+def test_wrong_legends_are_one_line(name, tmp_path, rng):
+    write_tree(tmp_path / "t", rng, 3, layout="plain")
+    text, words = WRONG_LEGENDS[name]
+    path = tmp_path / "t/legend.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(data.DataError, match=words) as error:
+        data.pack(tmp_path / "t", tmp_path / "store")
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"s2": ["B4", "B3"]}, r"s2/place 1 é 10.tif and others: 13 readable bands, not .*B4.*B3.*legend.json"),
+    ({"s1": ["VV"]}, "6 of 6 patches cannot be used.*place 1 é 10.tif: 2 bands, not 1")])
+def test_bands_that_the_files_do_not_have(change, words, tmp_path, rng):
+    legend_tree(tmp_path / "t", rng, change, (2, 13))
+    with pytest.raises(data.DataError, match=words) as error:
+        data.pack(tmp_path / "t", tmp_path / "store")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("layout", "counts"), [  # so many of 16 patches in 3 scenes, or in 16
+    ("scenes", {0: 0, 0.01: 1, 0.34: 2, 1: 2}), ("release", {0.02: 1}), ("plain", {0.34: 6, 1: 15})])
+def test_whole_scenes_are_held_out(layout, counts, tmp_path, rng):
+    write_tree(tmp_path / "t", rng, 16, layout=layout)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    scenes = np.array(patches.scenes)
+    for share, count in counts.items():
+        train, held = data.split_scenes(patches, share)
+        assert sorted([*train, *held]) == patches.rows.tolist()
+        assert len(set(scenes[held])) == count and not set(scenes[held]) & set(scenes[train])
+        again = data.split_scenes(data.Patches(patches.path), share)
+        assert all(map(np.array_equal, (train, held), again))
+
+
+def test_a_split_named_test_is_what_is_held_out(tmp_path, rng):
+    for layout in ("scenes", "scenes split"):
+        write_tree(tmp_path / "t", rng, 9, layout=layout)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    train, held = data.split_scenes(patches, 0.02)
+    assert held.tolist() == patches.rows_of("test").tolist() and len(held) == len(train) == 9
+    assert train.tolist() == patches.rows_of("").tolist()
+
+
+# ------------------------------------------------------------------------------ crops
+
+ROWS = np.array([5, 7, 7, 0, 22, 11, 13, 14, 15, 21, 3])
+
+
+def test_random_crops_are_a_function_of_seed_and_epoch():
+    draw = functools.partial(data.random_crops, ROWS, (16, 12), 9, 4)
+    for seed, epoch in itertools.product((0, 3), (0, 1, 7)):
+        crops = draw(seed, epoch)
+        np.random.default_rng(0).random()
+        np.random.seed(seed + 1)
+        torch.manual_seed(seed + 1)
+        same(draw(seed, epoch), crops)
+        assert sorted(np.concatenate([rows for rows, *_ in crops])) == sorted(ROWS)
+        assert [len(rows) for rows, *_ in crops] == [4, 4, 3]
+        assert all(len(rows) == len(tops) == len(lefts) for rows, tops, lefts in crops)
+        full = draw(seed, epoch, drop_last=True)
+        assert [len(rows) for rows, *_ in full] == [4, 4]
+    distinct = {tuple(np.concatenate([np.concatenate(batch) for batch in draw(seed, epoch)]).tolist())
+                for seed, epoch in itertools.product(range(4), range(4))}
+    assert len(distinct) == 16
+    assert ROWS.tolist() == [5, 7, 7, 0, 22, 11, 13, 14, 15, 21, 3]  # left as it was
+
+
+def test_batches_of_an_epoch_differ_by_one_at_most():
+    for count, batch_size in itertools.product(range(1, 30), range(1, 12)):
+        crops = data.random_crops(np.arange(count), (8, 8), 3, batch_size, 0, 0)
+        lengths = [len(rows) for rows, *_ in crops]
+        assert sum(lengths) == count and len(lengths) == math.ceil(count / batch_size)
+        assert max(lengths) - min(lengths) <= 1 and max(lengths) <= batch_size
+
+
+def test_an_epoch_without_a_batch_is_empty():
+    assert data.random_crops(np.arange(3), (8, 8), 3, 4, 0, 0, drop_last=True) == []
+    for function in (data.random_crops, data.grid_crops, data.centre_crops):
+        seeds = (0, 0) if function is data.random_crops else ()
+        assert function(np.arange(0), (8, 8), 3, 4, *seeds) == []
+
+
+@pytest.mark.parametrize(("size", "crop"), [((16, 16), 1), ((16, 16), 16), ((16, 12), 11), ((7, 30), 7)])
+def test_every_place_occurs(size, crop):
+    seen = Counter()
+    for epoch in range(200):
+        (_, tops, lefts), = data.random_crops(np.arange(23), size, crop, 23, 0, epoch)
+        seen.update(zip(tops.tolist(), lefts.tolist()))
+    places = set(itertools.product(range(size[0] - crop + 1), range(size[1] - crop + 1)))
+    expected = 4600 / len(places)
+    assert set(seen) == places
+    assert max(seen.values()) < expected + 6 * expected ** 0.5  # as even as chance has it
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 9), (5, 23)])
+def test_grid_covers_every_pixel(size):
+    for crop in range(1, min(size) + 1):
+        batches = data.grid_crops([4, 0, 22], size, crop, 7)
+        rows, tops, lefts = map(np.concatenate, zip(*batches))
+        count = math.ceil(size[0] / crop) * math.ceil(size[1] / crop)
+        assert rows.tolist() == np.repeat([4, 0, 22], count).tolist()
+        assert all(len(batch[0]) == 7 for batch in batches[:-1]) and len(batches[-1][0]) <= 7
+        assert min(*tops, *lefts) >= 0 and max(tops) <= size[0] - crop and max(lefts) <= size[1] - crop
+        for row in (4, 0, 22):
+            covered = np.zeros(size, bool)
+            for top, left in zip(tops[rows == row], lefts[rows == row]):
+                covered[top:top + crop, left:left + crop] = True
+            assert covered.all()
+
+
+def test_centre_crops():
+    batches = data.centre_crops([4, 0, 22], (16, 9), 5, 2)
+    assert [[values.tolist() for values in batch] for batch in batches] == [
+        [[4, 0], [5, 5], [2, 2]], [[22], [5], [2]]]
+
+
+def test_crops_larger_than_the_patches_are_said():
+    for function in (data.random_crops, data.grid_crops, data.centre_crops):
+        seeds = (0, 0) if function is data.random_crops else ()
+        with pytest.raises(data.DataError, match="--crop 13: the patches are 16 x 12 px"):
+            function(np.arange(5), (16, 12), 13, 2, *seeds)
+
+
+# ------------------------------------------------------------------------------ loader
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A store of 23 patches of 16 px with labels."""
+    """A store of 23 patches of 16 x 12 px with labels."""
     folder = tmp_path_factory.mktemp("crops")
-    write_tree(folder / "tree", np.random.default_rng(7), 23, layout="dfc release")
-    data.pack(folder / "tree", folder / "store", 0)
-    return folder / "store"
+    write_tree(folder / "tree", np.random.default_rng(7), 23, (16, 12))
+    return data.pack(folder / "tree", folder / "store").path
 
 
-def test_crops_are_a_function_of_seed_and_step(store):
-    def draw(seed, steps, **parts):
-        crops = data.RandomCrops(data.open_data(store), np.arange(23), 11, 5, seed, **parts)
-        return clones(crops[step] for step in steps)
-
-    forwards = draw(3, range(12))
-    same(draw(3, reversed(range(12)))[::-1], forwards)  # resuming in the middle of an epoch is a special case of this
-    assert not any(torch.equal(a[3], b[3]) for a, b in zip(draw(4, range(12)), forwards))
-    for batches in (forwards[:5], forwards[5:10]):  # two epochs, each of them every patch once, in another order
-        assert torch.cat([batch[3] for batch in batches]).sort().values.tolist() == list(range(23))
-    assert not torch.equal(forwards[0][3], forwards[5][3])
-    assert data.RandomCrops(data.open_data(store), np.arange(23), 11, 5, 0, drop_last=True).steps == 4
-    assert all(len(batch[3]) == 5 for batch in draw(3, range(8), drop_last=True))
-    for step in range(8):
-        parts = [draw(3, [step], drop_last=True, rank=rank, world=3)[0] for rank in range(3)]
-        same([[torch.cat(part) for part in zip(*parts)]], draw(3, [step], drop_last=True))
+def some_batches(crop=9, count=13):
+    epochs = (data.random_crops(np.arange(23), (16, 12), crop, 5, 1, epoch) for epoch in itertools.count())
+    return list(itertools.islice(itertools.chain.from_iterable(epochs), count))
 
 
-@pytest.mark.parametrize("size", [1, 15, 16])
-def test_every_offset_occurs(store, size):
-    patches, seen = data.open_data(store), Counter()
-    patches.crops = lambda rows, tops, lefts, size: seen.update(zip(tops.tolist(), lefts.tolist())) or ()
-    crops = data.RandomCrops(patches, np.arange(23), size, 23, 0)
-    for step in range(200):
-        crops[step]
-    side = 17 - size
-    assert set(seen) == {(y, x) for y in range(side) for x in range(side)}
-    assert max(seen.values()) < 4600 / side**2 + 6 * (4600 / side**2) ** 0.5  # as even as chance has it
+def by_hand(patches, batches, crop, classes=False):
+    """What the loader must yield, one slice after another."""
+    for rows, tops, lefts in batches:
+        crops = []
+        for array, pick in zip(patches.arrays[:2 + classes], [*patches.picks[:2], [0]]):
+            cut = [array[row][pick, top:top + crop, left:left + crop]
+                   for row, top, left in zip(rows, tops, lefts)]
+            crops.append(torch.from_numpy(np.stack(cut)))
+        yield crops[0], crops[1], crops[2][:, 0] if classes else None, rows
 
 
-@pytest.mark.parametrize("size", range(1, 17))
-def test_grid_covers_every_pixel(store, size):
-    patches = data.open_data(store)
-    rows = np.array([4, 0, 22])
-    grid = data.GridCrops(patches, rows, size, 7)
-    covered = np.zeros((16, 16), int)
-    for top, left in grid.places:
-        assert 0 <= top <= 16 - size and 0 <= left <= 16 - size
-        covered[top:top + size, left:left + size] += 1
-    assert covered.all() and len(grid.places) == math.ceil(16 / size) ** 2
-    batches = clones(grid[k] for k in range(len(grid)))
-    s2, row = (torch.cat([batch[k] for batch in batches]).numpy() for k in (1, 3))
-    assert row.tolist() == np.repeat(rows, len(grid.places)).tolist()
-    k = len(s2) - 2
-    top, left = grid.places[k % len(grid.places)]
-    assert (s2[k] == patches.window(row[k], slice(top, top + size), slice(left, left + size))[1]).all()
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize("bands", [None, ["B8", "VH", "B1"]])
+def test_batches_do_not_depend_on_threads_or_where_they_are_cut(store, classes, bands):
+    for batches, crop in ((some_batches(), 9), (data.grid_crops(np.arange(23), (16, 12), 7, 6), 7),
+                          (data.centre_crops([3, 3, 9], (16, 12), 12, 100), 12)):
+        expected = list(by_hand(data.Patches(store, bands), batches, crop, classes))
+        for threads, held in ((1, False), (2, False), (5, False), (None, False), (1, True), (3, True)):
+            patches = data.Patches(store, bands)
+            patches = patches.hold("cpu") if held else patches
+            found = list(data.loader(patches, batches, crop, "cpu", threads, classes))
+            same(found, expected)  # all of them kept: none shares its pixels with another
 
 
-def test_worker_counts_and_caches_agree(store):
-    for make in (lambda p: data.RandomCrops(p, np.arange(23), 11, 5, 1), lambda p: data.GridCrops(p, np.arange(23), 10, 6)):
-        reference = None
-        for workers, cache, path in ((0, None, store), (1, None, store), (3, None, store), (2, "ram", store),
-                                     (2, "device", store), (3, None, store.parent / "tree")):
-            dataset = make(data.open_data(path, cache=cache, workers=0))
-            batches = clones(data.loader(dataset, range(2, 15), workers, torch.device("cpu")))
-            reference = reference or batches
-            same(batches, reference)
-    assert len(reference) == 13
+def test_class_maps_are_read_only_where_asked_for(store, monkeypatch):
+    patches = data.Patches(store)
+    cut, filled = patches.cut, []
+    monkeypatch.setattr(patches, "cut", lambda *args: (filled.append(len(args[-1])), cut(*args)))
+    assert all(classes is None for _, _, classes, _ in data.loader(patches, some_batches(), 9))
+    assert set(filled) == {2}
 
 
-def test_a_batch_outlives_the_next(store):
-    """Buffers are used again: nobody may be surprised sooner than documented."""
-    crops = data.RandomCrops(data.open_data(store), np.arange(23), 11, 5, 1)
-    for workers in (0, 1, 2):
-        expected, recent = clones(crops[step] for step in range(20)), []
-        for step, batch in enumerate(data.loader(crops, range(20), workers)):
-            recent = [*recent, batch][-2:]
-            same(recent, expected[max(0, step - 1):step + 1])
+def test_class_maps_that_are_not_there(tmp_path, rng):
+    write_tree(tmp_path / "t", rng, 5, labels=False)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    for held in (patches, data.Patches(patches.path).hold("cpu")):
+        with pytest.raises((data.DataError, IndexError)):
+            list(data.loader(held, data.centre_crops(patches.rows, (16, 16), 8, 2), 8, classes=True))
 
 
-def test_a_store_larger_than_memory_is_read_ahead(store, monkeypatch):
-    expected = clones([data.open_data(store).crops([3, 1], [2, 0], [0, 5], 11)])
-    sysconf, asked = os.sysconf, []
-    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PHYS_PAGES" else sysconf(name))
-    monkeypatch.setattr(os, "posix_fadvise", lambda file, *where: asked.append((os.readlink(f"/proc/self/fd/{file}"), *where)))
-    same([data.open_data(store).crops([3, 1], [2, 0], [0, 5], 11)], expected)
-    for name, bands, size in (("s1", 2, 2), ("s2", 13, 2), ("classes", 1, 1)):
-        starts = [128 + ((row * bands + band) * 16 + top) * 16 * size for row, top in ((1, 0), (3, 2)) for band in range(bands)]
-        assert [where for file, *where in asked if file.endswith(f"/{name}.npy")] == [
-            [start, 11 * 16 * size, os.POSIX_FADV_WILLNEED] for start in starts]
+def test_other_bands_after_hold_are_the_ones_that_come(store):
+    patches, batches = data.Patches(store, ["VV", "B1"]).hold("cpu"), some_batches()
+    expected = list(by_hand(data.Patches(store, ["B12", "VH"]), batches, 9))
+    same(list(data.loader(patches.select(["B12", "VH"]), batches, 9)), expected)
 
 
-def test_cache_that_does_not_fit(store, monkeypatch):
-    read_text = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda path: "MemAvailable: 12 kB\n" if str(path) == "/proc/meminfo" else
-                        read_text(path))
-    with pytest.raises(data.DataError, match="--cache ram: .* GB are free"):
-        data.open_data(store, cache="ram")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_runs_ahead_is_bounded(store, threads):
+    patches, taken = data.Patches(store), []
+    endless = (taken.append(batch) or batch for batch in itertools.cycle(some_batches()))
+    feed = data.loader(patches, endless, 9, threads=threads)
+    for used in range(1, 30):
+        next(feed)
+        assert used < len(taken) <= used + threads + 2
+    feed.close()
+    assert len(taken) <= 29 + threads + 2
 
 
-# ---------------------------------------------------------------------------------------------- as a user
+def test_an_error_in_a_thread_reaches_the_caller(store, monkeypatch):
+    before = threading.active_count()
+    patches, done = data.Patches(store), 0
+    cut = patches.cut
+    monkeypatch.setattr(patches, "cut", lambda rows, *args: cut(rows + 1000 * (22 in rows), *args))
+    with pytest.raises(IndexError):
+        for _ in data.loader(patches, some_batches(), 9, threads=3):
+            done += 1
+    assert done == [22 in rows for rows, *_ in some_batches()].index(True)  # all before it came
+    assert threading.active_count() == before
+
+
+def test_breaking_off_leaves_no_thread(store):
+    before = threading.active_count()
+    for k, _ in enumerate(data.loader(data.Patches(store), itertools.cycle(some_batches()), 9, threads=3)):
+        assert threading.active_count() > before
+        if k == 3:
+            break
+    assert threading.active_count() == before
+
+
+def test_two_loaders_side_by_side(store):
+    patches, batches = data.Patches(store), some_batches()
+    pairs = zip(data.loader(patches, batches, 9), data.loader(patches, batches[::-1], 9, threads=3))
+    forwards, backwards = map(list, zip(*pairs))
+    same(forwards, list(by_hand(patches, batches, 9)))
+    same(backwards[::-1], forwards)
+
+
+# ------------------------------------------------------------------------------ cold disks
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the system is asked to read: (file name, start, length)."""
+    calls = []
+
+    def advise(file, start, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        calls.append((Path(os.readlink(f"/proc/self/fd/{file}")).name, start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    return calls
+
+
+def parts_of(batch, crop, name, pick, count, item):
+    """Where the lines of the crops lie in a file of (23, count, 16, 12)."""
+    for row, top, _ in sorted(zip(*(values.tolist() for values in batch)), key=lambda place: place[0]):
+        for band in pick:
+            start = 128 + ((row * count + band) * 16 + top) * 12 * item
+            yield name, start, crop * 12 * item
+
+
+@pytest.mark.parametrize("classes", [False, True])
+@pytest.mark.parametrize(("bands", "picks"), [
+    (None, (range(2), range(13))), (["B4", "VH", "B2"], ([1], [3, 1]))])
+def test_all_of_a_batch_is_asked_for_and_no_more(store, asked, classes, bands, picks):
+    batch = np.array([20, 1, 4, 1]), np.array([2, 0, 7, 5]), np.array([0, 1, 3, 2])
+    same(list(data.loader(data.Patches(store, bands), [batch], 9, classes=classes)),
+         list(by_hand(data.Patches(store, bands), [batch], 9, classes)))
+    expected = [*parts_of(batch, 9, "s1.npy", picks[0], 2, 2), *parts_of(batch, 9, "s2.npy", picks[1], 13, 2)]
+    expected += parts_of(batch, 9, "classes.npy", [0], 1, 1) if classes else []
+    assert asked == expected
+
+
+def test_the_disk_is_asked_in_a_first_epoch_and_where_memory_does_not_hold_the_store(
+        store, asked, monkeypatch):
+    def epochs_asked(patches):
+        numbers = []
+        for epoch in range(4):
+            crops = data.random_crops(patches.rows, patches.size, 9, 1, 0, epoch)
+            list(data.loader(patches, crops, 9, threads=1))
+            numbers.append(len(asked))
+            asked.clear()
+        return numbers
+
+    every = 23 * 15  # patches times bands
+    assert epochs_asked(data.Patches(store)) == [every, 0, 0, 0]
+    size = sum(path.stat().st_size for path in Path(store).glob("*.npy"))
+    monkeypatch.setattr(data, "memory_limit", lambda: size // 2)
+    assert epochs_asked(data.Patches(store)) == [every] * 4
+
+
+@pytest.mark.parametrize(("group", "files", "expected"), [
+    ("0::/jobs/7\n", {"jobs/7/memory.max": "5000\n", "memory.max": "max\n"}, 5000),
+    ("0::/\n", {"memory.max": "6000\n"}, 6000),
+    ("0::/jobs/7\n", {"jobs/7/memory.max": "max\n"}, 10_000),
+    ("4:memory:/x\n0::/\n", {"memory/memory.limit_in_bytes": "7000\n"}, 7000),
+    ("4:memory:/x\n0::/\n", {"memory/memory.limit_in_bytes": "9223372036854771712\n"}, 10_000),
+    ("0::/\n", {}, 10_000)])
+def test_memory_limit(group, files, expected, monkeypatch):
+    texts = {"/proc/self/cgroup": group}
+    texts |= {f"/sys/fs/cgroup/{name}": text for name, text in files.items()}
+
+    def read_text(path):
+        try:
+            return texts[str(path)]
+        except KeyError:
+            raise FileNotFoundError(path) from None
+
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PHYS_PAGES": 10, "SC_PAGE_SIZE": 1000}[name])
+    assert data.memory_limit() == expected
+
+
+# ------------------------------------------------------------------------------ as a user
+
+def refused(monkeypatch, capsys, *args):
+    """Run data.py where it must end with exit status 2 -> its one line."""
+    with pytest.raises(SystemExit) as ended:
+        data.run(lambda: call(monkeypatch, data, *args))
+    assert ended.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(("data.py: error: ", "data.py pack: error: "))
+    return line
+
 
 def test_commands(tmp_path, rng, monkeypatch, capsys):
     tree, out = tmp_path / "my pairs ü", tmp_path / "the store"
-    write_tree(tree, rng, 9, layout="plain split")
+    written = write_tree(tree, rng, 9, layout="plain split")
     (tree / "SIMULATED").touch()
-    call(monkeypatch, data, "pack", tree, out, "--workers", 0)
+    next(iter(written.values()))["s1"].write_bytes(b"")
+    call(monkeypatch, data, "pack", tree, out, "--threads", 1, "--max-bad", 0.2)
     packed = capsys.readouterr().out
-    call(monkeypatch, data, "check", tree, "--workers", 0)
-    assert capsys.readouterr().out in packed and "9 of 986 published" in packed
-    read, calls = data.read_patch, []
-    monkeypatch.setattr(data, "read_patch", lambda *args: (calls.append(1), read(*args))[1])
-    call(monkeypatch, data, "show", tree, tmp_path / "p.png", "--workers", 0, "--count", 2)
-    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG" and len(calls) == 4  # to judge and to draw two of nine
-    os.truncate(tree / "train/s1/1.9.tiff", 100)
-    with pytest.raises(data.DataError, match="1 of 9 patches cannot be used"):
-        call(monkeypatch, data, "check", tree, "--workers", 0)
-    assert "validation/1.9: 1.9.tiff: truncated" in capsys.readouterr().out
+    call(monkeypatch, data, "check", out)
+    assert capsys.readouterr().out == packed
+    patches = data.Patches(out)
+    assert patches.simulated and data.re.search(r"validation:? +8\n", packed)
+    for published in ("180,662", "986", "5,128", "left out: 1\n", "validation/1.10: 1.10.tiff: "):
+        assert published in packed
+    labels = Counter(patches.labels[patches.rows].tolist())
+    for number, count in labels.items():
+        name = (*data.CLASSES, *[""] * 247, "no usable label")[number]
+        assert data.re.search(rf"{name} +{count}\n|\b{count} {name}\n", packed)
+    stats = patches.stats(patches.rows)
+    for sensor, array in zip(("s1", "s2"), patches.arrays):
+        values = array[patches.rows] / (100 if sensor == "s1" else 1)
+        for band, name in enumerate(patches.bands[sensor]):
+            numbers = values[:, band].min(), values[:, band].max(), stats[sensor]["mean"][band]
+            line, = (line for line in packed.splitlines() if line.split()[:1] == [name])
+            assert [float(text) for text in line.split()[1:4]] == [round(x, 2) for x in numbers]
+    call(monkeypatch, data, "show", out, tmp_path / "p.png", "--count", 2)
+    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG"
 
 
-class Dying(torch.utils.data.Dataset):
-    def __getitem__(self, item):
-        os.kill(os.getpid(), signal.SIGKILL)
+def test_wrong_input_is_one_line_and_exit_status_2(tmp_path, rng, monkeypatch, capsys):
+    tree, store, four = tmp_path / "t", tmp_path / "store", tmp_path / "four"
+    written = write_tree(tree, rng, 3, layout="plain", bands=(2, 12))
+    write_tree(four, rng, 3, layout="plain", bands=(2, 4))
+    (tmp_path / "file").touch()
+    for words, *command in (
+            (f"{tree}: not a store.*data.py pack .*README.*simulate.py", "check", tree),
+            (f"{tree}: not a store.*data.py pack ", "show", tree, tmp_path / "p.png"),
+            (f"{tmp_path}/none: no pairs .*README.*simulate.py", "pack", tmp_path / "none", store),
+            ("9.tif and others: 4 readable bands.*legend.json", "pack", four, store),
+            ("not above 0", "pack", tree, store, "--threads", 0),
+            ("not above 0", "pack", tree, store, "--limit", 0),
+            ("s2-offset", "pack", tree, store, "--s2-offset", -1),
+            ("s2-offset", "pack", tree, store, "--s2-offset", 65_536),
+            ("File exists", "pack", tree, tmp_path / "file")):
+        assert data.re.search(words, refused(monkeypatch, capsys, *command))
+        assert not store.exists()
+    for files in written.values():
+        rewrite(lambda a: (a // 64).astype(np.uint8))(files["s2"])  # eight bits are below any offset
+    assert not data.pack(tree, store, s2_offset=1000).arrays[1].any()
+    for words, *command in (
+            ("No such file or directory", "show", store, tmp_path / "no such folder/p.png"),
+            ("no pairs", "pack", store, tmp_path / "other")):
+        assert data.re.search(words, refused(monkeypatch, capsys, *command))
 
 
-def test_a_reader_that_dies_is_one_line(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        data.run(lambda: list(data.make_loader(Dying(), range(4), 1)))
-    said = capsys.readouterr().err
-    assert "DataLoader worker" in said and "--workers" in said and said.count("\n") == 1
-
-
-def test_codes_of_any_integer_type():
-    for dtype in (np.int8, np.uint8, np.int16, np.int64):
-        codes = np.array([1, 10, 3, 0, 100, -1 if np.dtype(dtype).kind == "i" else 99]).astype(dtype)
-        assert data.classes_from_dfc(codes).tolist() == [0, 7, 255, 255, 255, 255]
-        assert data.classes_from_igbp(codes).tolist() == [0, 2, 0, 255, 255, 255]  # 3 is a forest there, 10 grassland
-
-
-def test_error_in_one_line(tmp_path):
-    done = user("data.py", "check", tmp_path)
+def test_as_a_process(tmp_path, rng):
+    write_tree(tmp_path / "t", rng, 3, layout="plain")
+    done = user("data.py", "pack", tmp_path / "t", tmp_path / "store", "--threads", 2)
+    assert done.returncode == 0 and "left out: 0" in done.stdout
+    assert data.Patches(tmp_path / "store").ids == ["place 1 é 9", "place 2 é 9", "place 3 é 9"]
+    done = user("data.py", "check", tmp_path / "t")
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith(f"data.py: error: {tmp_path}: no pairs found")
+    assert done.stderr.startswith(f"data.py: error: {tmp_path}/t: not a store")
 
 
-@pytest.mark.parametrize("name", ["sen12ms", "dfc2020"])
-def test_real_pairs(shared, name, tmp_path, monkeypatch, capsys):
-    call(monkeypatch, data, "check", shared / "real" / name, "--workers", 0)
-    checked = capsys.readouterr().out
-    assert "left out: 0" in checked and checked.count("no usable label in any") == (2 if name == "dfc2020" else 0)
-    if name == "dfc2020":
-        assert "ROIs0000_test_4: no usable label" in checked and "40 of 5,128" in checked
-    call(monkeypatch, data, "pack", shared / "real" / name, tmp_path / "store", "--workers", 1)
-    assert checked in capsys.readouterr().out
-    assert json.loads((tmp_path / "store/index.json").read_text())["patches"] == (80 if name == "dfc2020" else 36)
-    call(monkeypatch, data, "show", tmp_path / "store", tmp_path / "p.png", "--count", 3)
+@pytest.mark.parametrize(("error", "line"), [
+    (data.DataError("what and where"), "what and where"), (OSError(28, "No space left"), "[Errno 28] No space left"),
+    (KeyError("mine"), "'mine'")])
+def test_expected_errors_are_one_line(error, line, capsys, monkeypatch):
+    def main():
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["/some/where/x.py"])
+    with pytest.raises(SystemExit, match="2"):
+        data.run(main, KeyError)
+    assert capsys.readouterr().err == f"x.py: error: {line}\n"
+    with pytest.raises(ZeroDivisionError):  # a bug keeps its traceback
+        data.run(lambda: 1 / 0)
+
+
+# ------------------------------------------------------------------------------ pictures
+
+def test_composite():
+    rng = np.random.default_rng(0)
+    s2 = rng.integers(0, 6000, (13, 4, 5)).astype(np.uint16)
+    picture, title = data.composite(s2, data.S2_BANDS)
+    assert title == "true colour" and picture.shape == (4, 5, 3)
+    assert np.allclose(picture, np.clip(s2[[3, 2, 1]] / 3000, 0, 1).transpose(1, 2, 0))
+    for bands, shown in ((["B12", "B8", "B4"], [0, 1, 2]), (["pan"], [0, 0, 0]), (["a", "b"], [0, 1, 0]),
+                         (["B4", "B8", "B3", "B11"], [0, 1, 2])):
+        picture, title = data.composite(s2[:len(bands)], bands)
+        assert title.startswith("false colour") and all(bands[k] in title for k in shown)
+        assert picture.shape == (4, 5, 3) and picture.min() >= 0 and 0.9 < picture.max() <= 1
+        for channel, band in enumerate(shown):
+            order = s2[band].ravel().argsort(kind="stable")
+            assert (np.diff(picture[..., channel].ravel()[order]) >= 0).all()
+
+
+@pytest.mark.parametrize("legend", [None, FLOOD, {"s1": ["HH"], "s2": ["pan"]}])
+def test_show_of_any_bands_and_classes(legend, tmp_path, rng, monkeypatch):
+    bands = (len(legend["s1"]), len(legend["s2"])) if legend else (2, 13)
+    legend_tree(tmp_path / "t", rng, legend or {}, bands)
+    (tmp_path / "t/SIMULATED").touch()
+    store = data.pack(tmp_path / "t", tmp_path / "store").path
+    drawn = []
+    make = data.new_figure
+    monkeypatch.setattr(data, "new_figure", lambda *args, **kwargs: drawn.append(make(*args, **kwargs)) or drawn[-1])
+    call(monkeypatch, data, "show", store, tmp_path / "p.png", "--count", 3)
     assert (tmp_path / "p.png").stat().st_size > 10_000
+    figure, axes = drawn[0]
+    words = " ".join([figure.get_suptitle(), *(axis.get_ylabel() for axis in axes.ravel())])
+    assert "SIMULATED" in words and ("true colour" in words) == (legend is None)
+    assert legend is None or legend["s2"][0] in words
+    legends = [text.get_text() for axis in figure.axes for text in axis.get_yticklabels()]
+    names = [*(legend or {}).get("classes", {}).values()] or data.CLASSES
+    assert set(names) <= set(legends)

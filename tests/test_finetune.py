@@ -1,5 +1,5 @@
-"""The seven rows, trained for a step or two on simulated trees."""
-import argparse
+"""The seven rows, trained for a step or two on simulated data, and the report."""
+import json
 import os
 import signal
 import time
@@ -7,62 +7,71 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import CONTEXT, as_main, call, user
 
 import data
 import finetune
 import linear_eval
 import models
+from data import CLASSES
 
-QUICK = ("--epochs", 1, "--batch-size", 16, "--crop", 32, "--seeds", 1, "--workers", 0, "--label-fraction", 0.5)
+QUICK = ("--epochs", 1, "--batch-size", 16, "--crop", 32, "--seeds", 1, "--label-fraction", 0.5)
 
 
-def tune(monkeypatch, tree, results, *options):
-    call(monkeypatch, finetune, "--data", tree, "--results", results, *QUICK, *options)
+def tune(monkeypatch, store, results, *options):
+    call(monkeypatch, finetune, "--data", store, "--results", results, *QUICK, *options)
     return linear_eval.Results(results).read()
 
 
-def save(path, patches, method, **change):
+def save(path, patches, method):
     model = models.Contrastive(method, patches.bands)
-    content = {"method": method, "arch": "resnet18", "bands": patches.bands, "scale": "fixed", "stats": None,
-               "simulated": True, "args": {"crop": 32}, **change}
-    models.save_checkpoint(path, model, **content)
+    models.save_checkpoint(path, model, method=method, arch="resnet18", bands=patches.bands,
+                           scale="fixed", stats=None, simulated=True, classes=patches.classes,
+                           args={"crop": 32})
 
+
+# ----------------------------------------------------------------------------------------- training
 
 @pytest.mark.parametrize("method", models.METHODS)
 def test_each_row_from_scratch(tmp_path, labelled, monkeypatch, method):
     line, = tune(monkeypatch, labelled, tmp_path, "--method", method, "--task", "multi")
     assert line["method"] == method and line["protocol"] == "scratch" and line["simulated"]
-    assert line["counts"]["train_patches"] < 32 and 0 <= line["overall"] <= 1 and "confusion" not in line
-    assert line["args"]["bands"]["s2"] == (models.RGB if method == "simclr-rgb" else list(data.S2_BANDS))
+    assert line["counts"]["train_patches"] < 32 and 0 <= line["overall"] <= 1
+    assert "confusion" not in line and line["classes"] == list(CLASSES)
+    bands = models.RGB if method == "simclr-rgb" else list(data.S2_BANDS)
+    assert line["args"]["bands"]["s2"] == bands
 
 
-@pytest.mark.parametrize("method", [name for name, row in models.METHODS.items() if row["pretrained"]])
-def test_each_pretrained_row_is_fine_tuned(tmp_path, trees, monkeypatch, method):
-    patches = data.open_data(trees / "dfc2020", models.METHODS[method].get("bands"), workers=0)
+@pytest.mark.parametrize("method", [m for m, row in models.METHODS.items() if row["pretrained"]])
+def test_each_pretrained_row_is_fine_tuned(tmp_path, labelled, monkeypatch, method):
+    patches = data.open_store(labelled, models.METHODS[method].get("bands"))
     save(tmp_path / "last.pt", patches, method)
-    line, = tune(monkeypatch, trees / "dfc2020", tmp_path / "a", "--checkpoint", tmp_path / "last.pt")
-    assert line["method"] == method and line["protocol"] == "finetune" and line["args"]["scale"] == "fixed"
+    line, = tune(monkeypatch, labelled, tmp_path / "a", "--checkpoint", tmp_path / "last.pt")
+    assert line["method"] == method and line["protocol"] == "finetune"
+    assert line["args"]["scale"] == "fixed"
     assert np.sum(line["confusion"]) == line["counts"]["test_crops"]
 
 
 def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, labelled, monkeypatch):
     options = ("--method", "only-s1", "--seeds", 2)
     logits, extract = [], linear_eval.extract
-    monkeypatch.setattr(linear_eval, "extract", lambda *args: logits.append(extract(*args)) or logits[-1])
-    first = tune(monkeypatch, labelled, tmp_path / "a", *options)
-    second = tune(monkeypatch, labelled, tmp_path / "b", *options, "--cache", "ram")
+    monkeypatch.setattr(linear_eval, "extract",
+                        lambda *args: logits.append(extract(*args)) or logits[-1])
+    first = tune(monkeypatch, labelled, tmp_path / "a", *options, "--threads", 1)
+    second = tune(monkeypatch, labelled, tmp_path / "b", *options, "--cache", "device")
     assert len(first) == 2 and len(logits) == 4
-    assert all(np.array_equal(a["logits"], b["logits"]) for a, b in zip(logits[:2], logits[2:]))
+    assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(logits[:2], logits[2:]))
     assert [line["class"] for line in first] == [line["class"] for line in second]
-    assert not np.array_equal(logits[0]["logits"], logits[1]["logits"])  # another seed
+    assert not np.array_equal(logits[0]["x"], logits[1]["x"])  # another seed
     monkeypatch.setattr(finetune, "train", None)
     assert tune(monkeypatch, labelled, tmp_path / "a", *options) == first
 
 
 def test_killed_and_started_again_nothing_is_lost_or_counted_twice(tmp_path, labelled):
     def command(name):
-        return ("--method", "only-s1", "--data", labelled, *QUICK, "--seeds", 3, "--results", tmp_path / name)
+        return ("--method", "only-s1", "--data", labelled, *QUICK, "--seeds", 3, "--results",
+                tmp_path / name)
 
     def lines(name):
         return [{key: value for key, value in line.items() if key != "seconds"}
@@ -82,51 +91,162 @@ def test_killed_and_started_again_nothing_is_lost_or_counted_twice(tmp_path, lab
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--method", "mma"), "holds method d-simclr, not --method mma"),
-    (("--method", "late-fusion"), "holds method d-simclr, not --method late-fusion"),
-    (("--arch", "resnet50"), "holds arch resnet18, not --arch resnet50"),
-    (("--scale", "patch-max"), "holds scale fixed, not --scale patch-max"),
-    (("--bands", "VV", "VH", "B4"), "not --bands VV VH B4"),
+    (("--method", "mma"), "holds .*d-simclr.*: leave --method"),
+    (("--method", "late-fusion"), "holds .*d-simclr"),
+    (("--arch", "resnet50"), "holds .*resnet18.*--arch"),
+    (("--scale", "patch-max"), "holds .*fixed.*--scale"),
+    (("--bands", "VV", "VH", "B4"), "holds .*'VV', 'VH', 'B1'.*--bands"),
 ])
 def test_a_checkpoint_of_something_else_is_one_line(tmp_path, labelled, monkeypatch, options, message):
-    save(tmp_path / "last.pt", data.open_data(labelled, workers=0), "d-simclr")
+    path = tmp_path / "last.pt"
+    save(path, data.open_store(labelled), "d-simclr")
     with pytest.raises(models.CheckpointError, match=message):
-        tune(monkeypatch, labelled, tmp_path, "--checkpoint", tmp_path / "last.pt", *options)
+        tune(monkeypatch, labelled, tmp_path, "--checkpoint", path, *options)
     if "mma" in options:
-        result = user("finetune.py", "--checkpoint", tmp_path / "last.pt", "--data", labelled, *options)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1 and message in result.stderr
+        result = user("finetune.py", "--checkpoint", path, "--data", labelled, *options)
+        assert result.returncode == 2 and result.stderr.count("\n") == 1
+        assert "leave --method" in result.stderr
 
 
-def test_crops_without_a_label_teach_nothing():
-    logits = torch.randn(4, 8, requires_grad=True)
+@pytest.mark.parametrize("count", [2, 8, 254])
+def test_crops_without_a_label_teach_nothing(count):
+    logits = torch.randn(4, count, requires_grad=True)
     classes = torch.full((4, 10, 10), data.IGNORE, dtype=torch.uint8)
     for task in ("single", "multi"):
         loss = finetune.task_loss(task, logits, classes)
         loss.backward()
         assert loss == 0 and not logits.grad.any()
-    classes[0] = 3
-    label = torch.nn.functional.one_hot(torch.tensor([3]), 8).float()
-    single = torch.nn.functional.cross_entropy(logits[:1], label)
-    multi = torch.nn.functional.binary_cross_entropy_with_logits(logits[:1], label)
+    classes[0] = count - 1
+    label = F.one_hot(torch.tensor([count - 1]), count).float()
+    single = F.cross_entropy(logits[:1], label)
+    multi = F.binary_cross_entropy_with_logits(logits[:1], label)
     assert finetune.task_loss("single", logits, classes).item() == pytest.approx(single.item())
     assert finetune.task_loss("multi", logits, classes).item() == pytest.approx(multi.item())
 
 
-def fit_some(labelled, rows, **change):
-    args = argparse.Namespace(**{"crop": 32, "batch_size": 2, "lr": 1e-5, "classifier_lr": 1e-5, "weight_decay": 0.0,
-                                 "epochs": 1, "drop_epoch": 1, "workers": 0, "precision": "float32", "device": "cpu",
-                                 "arch": "resnet18", "results": labelled.parent, **change})
-    patches = data.open_data(labelled, workers=0)
-    model = finetune.make_classifier("only-s2", patches, {}, args, seed=0)
-    finetune.train(model, patches, np.array(rows), {"scale": "fixed"}, "single", 0, args, "a run")
+def fit_some(labelled, rows, rate=1e-5):
+    args = linear_eval.evaluation_parser("").parse_args([])
+    vars(args).update(method="only-s2", crop=32, batch_size=2, lr=rate, classifier_lr=rate, epochs=1,
+                      weight_decay=0.0, drop_epoch=1, precision="float32", results=labelled.parent)
+    patches = data.open_store(labelled)
+    model = finetune.make_classifier(args, {}, patches, seed=0)
+    finetune.train(model, {"scale": "fixed"}, patches, np.array(rows), "single", 0, args, "a run")
     return model
 
 
 def test_a_batch_of_one_sample(labelled):
-    model = fit_some(labelled, [0, 1, 2])  # batches of 2 and 1; the last map of crops of 32 px is 1 x 1
+    model = fit_some(labelled, [0, 1, 2])  # batches of 2 and 1, and the last map is 1 x 1
     assert all(p.isfinite().all() for p in model.state_dict().values())
 
 
 def test_a_loss_that_is_not_finite_is_named(labelled):
     with pytest.raises(data.DataError, match="a run: the loss is nan after epoch 1: try a lower --lr"):
-        fit_some(labelled, [0, 1, 2, 3], lr=1e30, classifier_lr=1e30)
+        fit_some(labelled, [0, 1, 2, 3], 1e30)
+
+
+# ------------------------------------------------------------------------------------------- report
+
+def result_line(average, overall=0.5, **change):
+    classes = change.get("classes", CLASSES)
+    line = {"method": "d-simclr", "protocol": "finetune", "task": "single", "label_fraction": 1.0,
+            "seed": 0, "data": "d", "checkpoint": "c", "classes": list(classes), "simulated": False,
+            "class": [average] * (len(classes) - 1) + [None], "average": average,
+            "overall": overall, **change}
+    line["args"] = {"lr": 1e-5, "bands": {"s1": ["VV"], "s2": ["B2"]}, **change.get("args", {})}
+    return line
+
+
+def report_of(monkeypatch, folder, lines):
+    (folder / "results.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"cut o')
+    call(monkeypatch, finetune, "--report", folder)
+    return (folder / "tables.md").read_text()
+
+
+SCRATCH = {"protocol": "scratch", "checkpoint": None}
+LINEAR = {"protocol": "linear", "baseline": None, "probe": "linear", "sensors": "both"}
+LINES = [
+    *(result_line(v, 0.7, seed=k) for k, v in enumerate((0.68, 0.70, 0.74))),
+    *(result_line(v, 0.6, seed=k, method="late-fusion", **SCRATCH)
+      for k, v in enumerate((0.60, 0.61, 0.65))),
+    result_line(0.3, **SCRATCH),
+    *(result_line(v, method="mma", label_fraction=f) for v, f in ((0.4, 0.01), (0.5, 0.1))),
+    result_line(0.55, 0.65, **LINEAR),
+    result_line(0.45, 0.5, **{**LINEAR, "sensors": "s1"}),
+    result_line(0.2, 0.25, **{**LINEAR, "baseline": "random"}, checkpoint=None)]
+FLOOD = [result_line(0.6, 0.7, classes=["dry", "flooded"], data="e", seed=k) for k in range(2)]
+
+
+def test_report(tmp_path, monkeypatch):
+    text = report_of(monkeypatch, tmp_path, LINES)
+    single, multi, linear = text.split("### ")[1:]
+    rows = [line for line in single.splitlines() if line.startswith("| ")]
+    columns = "Average | poster | difference | OA | poster OA | seeds"
+    assert rows[0] == "|  | " + " | ".join(CLASSES) + f" | {columns} |"
+    assert rows[2:] == [
+        "| LateFusion | " + "62 ± 3 | " * 7 + "- | 62 ± 3 | 62 | +0 | 60 ± 0 | 65 | 3 |",
+        "| D-SimCLR | " + "71 ± 3 | " * 7 + "- | **71 ± 3** | 70 | +1 | 70 ± 0 | 70 | 3 |",
+        "| D-SimCLR, from scratch | " + "30 | " * 7 + "- | 30 | - | - | 50 | - | 1 |"]
+    assert "Missing: OnlySen-1, OnlySen-2, EarlyFusion, SimCLR (RGB), MMA." in single
+    assert "No results." in multi and "|" not in multi
+    assert multi.count("D-SimCLR") == 1  # missing, said once
+    assert "| features | sensors | labels | single average |" in linear
+    assert "| D-SimCLR | both | 100% | 55 | 65 | - | - | 1 |" in linear
+    assert "| D-SimCLR | s1 | 100% | 45 | 50 | - | - | 1 |" in linear
+    assert "| D-SimCLR, random weights | both | 100% | 20 | 25 | - | - | 1 |" in linear
+    assert "SIMULATED" not in text
+    assert (tmp_path / "label_fraction.png").stat().st_size > 5000
+
+
+def test_report_of_simulated_data_says_so_and_compares_with_nothing(tmp_path, monkeypatch):
+    text = report_of(monkeypatch, tmp_path, [{**LINES[0], "simulated": True}, LINES[1]])
+    assert text.startswith("# SIMULATED") and "poster" not in text
+    assert "| D-SimCLR | " + "69 ± 1 | " * 7 + "- | **69 ± 1** | 70 ± 0 | 2 |" in text
+
+
+def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
+    others = [result_line(0.6, args={"lr": 1e-4}), result_line(0.7, args={"crop": 64}),
+              result_line(0.8, args={"bands": {"s1": ["VV"], "s2": ["B3"]}})]
+    text = report_of(monkeypatch, tmp_path, [result_line(0.5), *others])
+    assert "| D-SimCLR [bands VV B2, crop None, lr 1e-05] | 50 " in text
+    assert "| D-SimCLR [bands VV B2, crop None, lr 0.0001] | 60 " in text
+    assert "| D-SimCLR [bands VV B2, crop 64, lr 1e-05] | 70 " in text
+    assert "| D-SimCLR [bands VV B3, crop None, lr 1e-05] | 80 " in text
+
+
+def drawn(monkeypatch, folder, lines):
+    """-> what the figure of a report shows: per panel its title and its curves' names."""
+    figures, new_figure = [], data.new_figure
+    monkeypatch.setattr(data, "new_figure", lambda *a, **k: figures.append(new_figure(*a, **k))
+                        or figures[-1])
+    report_of(monkeypatch, folder, lines)
+    (_, axes), = figures
+    return [(axis.get_title(), axis.get_legend_handles_labels()[1]) for axis in axes[0]]
+
+
+def test_classes_of_ones_own_have_their_own_tables_and_no_poster(tmp_path, monkeypatch):
+    text = report_of(monkeypatch, tmp_path, [*LINES, *FLOOD])
+    eight, two = text.split("## dry, flooded\n")
+    assert "| D-SimCLR | " + "71 ± 3 | " * 7 + "- | **71 ± 3** | 70 | +1 |" in eight
+    assert "|  | dry | flooded | Average | OA | seeds |" in two and "poster" not in two
+    assert "| D-SimCLR | 60 ± 0 | - | **60 ± 0** | 70 ± 0 | 2 |" in two
+
+
+@pytest.mark.parametrize("simulated", [False, True])
+def test_the_poster_is_drawn_beside_its_own_classes_alone(tmp_path, monkeypatch, simulated):
+    lines = [{**line, "simulated": simulated} for line in [*LINES, *FLOOD]]
+    (title, curves), (other, others) = drawn(monkeypatch, tmp_path, lines)
+    assert [name for name in curves if "poster" not in name] == ["LateFusion", "D-SimCLR", "MMA"]
+    assert sum("poster" in name for name in curves) == (0 if simulated else 4)
+    assert others == ["D-SimCLR"] and other.endswith("dry, flooded, single-label")
+    assert ("SIMULATED" in title) == ("SIMULATED" in other) == simulated
+
+
+def test_results_of_the_version_before_can_be_reported(tmp_path, monkeypatch):
+    lines = [{key: value for key, value in line.items() if key != "classes"} for line in LINES]
+    assert report_of(monkeypatch, tmp_path, lines) == report_of(monkeypatch, tmp_path, LINES)
+
+
+def test_report_without_results_is_one_line(tmp_path):
+    result = user("finetune.py", "--report", tmp_path / "none")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "no results" in result.stderr
+    assert not (tmp_path / "none").exists()

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+import data
 import models
 
 BANDS = {"s1": models.S1_BANDS, "s2": models.S2_BANDS}
@@ -178,6 +179,17 @@ def test_a_checkpoint_gives_the_encoders_back(tmp_path):
     assert (tmp_path / "previous.pt").read_bytes() == first and not (tmp_path / "last.tmp").exists()
 
 
+def test_a_checkpoint_names_the_classes_and_an_older_one_means_the_eight(tmp_path):
+    write(tmp_path / "older.pt")
+    write(tmp_path / "last.pt", classes=["dry", "flooded"])
+    assert models.load_checkpoint(tmp_path / "older.pt")["classes"] == models.CLASSES == list(data.CLASSES)
+    assert models.load_checkpoint(tmp_path / "last.pt")["classes"] == ["dry", "flooded"]
+    encoders, _ = models.load_encoders(tmp_path / "last.pt")
+    inputs = torch.rand(3, 2, 32, 32), torch.rand(3, 13, 32, 32)
+    assert models.Classifier(encoders)(*inputs).shape == (3, 8)
+    assert models.Classifier(encoders, classes=2)(*inputs).shape == (3, 2)
+
+
 class Hostile:
     def __init__(self, victim):
         self.victim = str(victim)
@@ -334,12 +346,15 @@ def exported(tmp_path_factory):
     """Folder with last.pt and what `python models.py export` made of it."""
     folder = tmp_path_factory.mktemp("export")
     model = write(folder / "last.pt", "d-simclr", scale="standard", stats=STATS, epoch=7, retrieval={"candidates": 9},
-                  data={"path": "datasets/sen12ms", "pairs": 80}, simulated=False)
+                  data={"path": "datasets/sen12ms", "pairs": 80}, simulated=False,
+                  classes=["dry", "flooded"])
     model.eval()
     import linear_eval
-    line = {"protocol": "linear", "probe": "knn", "sensors": "s1", "task": "single", "label_fraction": 1.0, "seed": 0, "average": 0.5, "overall": 0.6,
+    line = {"protocol": "linear", "probe": "knn", "sensors": "s1", "task": "single", "label_fraction": 1.0, "seed": 0,
+            "classes": models.CLASSES, "average": 0.5, "overall": 0.6,
             "checkpoint": linear_eval.file_hash(folder / "last.pt")}
-    (folder / "results.jsonl").write_text(f'{json.dumps(line)}\n{json.dumps({**line, "checkpoint": "other"})}\n{{"cut o')
+    lines = [json.dumps(line), json.dumps({**line, "checkpoint": "other"}), "", '{"method": "only-s1"}', '{"cut o']
+    (folder / "results.jsonl").write_text("\n".join(lines))
     return folder, model, models.export(folder / "last.pt", folder / "out", folder / "results.jsonl")
 
 
@@ -373,6 +388,7 @@ def test_the_card_says_what_a_user_must_know(exported):
     assert card["data"] == {"path": "datasets/sen12ms", "pairs": 80}
     assert "modified Copernicus Sentinel data" in card["licence"]
     assert [(line["average"], line["probe"], line["sensors"]) for line in card["scores"]] == [(0.5, "knn", "s1")]
+    assert card["classes"] == ["dry", "flooded"] and card["scores"][0]["classes"] == models.CLASSES
 
 
 def test_export_from_the_command_line(tmp_path, monkeypatch, capsys):

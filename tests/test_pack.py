@@ -1,18 +1,22 @@
-"""data.py pack: what kills, full disks and wrong files do to a store."""
+"""data.py pack: what kills, full disks and wrong files do to a store, and what a store says of itself."""
+import gc
+import itertools
 import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from test_data import BAD, LAYOUTS, spoil, write_tree
+from test_data import BAD, LAYOUTS, as_stored, by_hand, rewrite, same, spoil, write_tree
 
 import data
 
@@ -21,15 +25,15 @@ def contents(store):
     return {path.name: path.read_bytes() for path in sorted(Path(store).iterdir())}
 
 
-def fork(function):
+def fork(function, *args, **kwargs):
     """Run a function in a child process -> its pid."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            os.setpgid(0, 0)
             torch.set_num_threads(1)
-            function()
+            data.SETTLE = 8  # a few flushes
+            function(*args, **kwargs)
             code = 0
         except data.DataError as error:
             print(error, flush=True)
@@ -46,16 +50,22 @@ def wait(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def slowly(tree, store, workers=0, seconds=0.01):
+def slowly(tree, store, seconds=0.01, **options):
     """pack() with a pause before each patch."""
     read = data.read_patch
     data.read_patch = lambda *args: (time.sleep(seconds), read(*args))[1]
-    data.pack(tree, store, workers, max_bad=0.5)
+    data.pack(tree, store, 2, max_bad=0.5, **options)
+
+
+def begun(store):
+    """Wait until a packing is at work there."""
+    while not (store / "patches.npy").exists():
+        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    """60 patches, of which 14 are bad."""
+    """60 patches, one of them bad in each way."""
     folder, rng = tmp_path_factory.mktemp("pack"), np.random.default_rng(5)
     spoil(write_tree(folder / "tree", rng, 60), rng)
     return folder / "tree"
@@ -64,200 +74,397 @@ def tree(tmp_path_factory):
 @pytest.fixture(scope="module")
 def packed(tree):
     """The bytes of its store, never interrupted."""
-    data.pack(tree, tree.parent / "store", 0, max_bad=0.5)
+    data.pack(tree, tree.parent / "store", 1, max_bad=0.5)
     return contents(tree.parent / "store")
 
 
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """10 patches, two of them bad, their files, their store and its bytes."""
+    folder, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(6)
+    written = write_tree(folder / "tree", rng, 10)
+    spoil(written, rng, ["NaN", "partner"])
+    data.pack(folder / "tree", folder / "store", max_bad=0.5)
+    return SimpleNamespace(tree=folder / "tree", written=written, store=folder / "store",
+                           packed=contents(folder / "store"))
+
+
+# ------------------------------------------------------------------------------ what a store holds
+
 def test_store(tree, packed):
-    store = tree.parent / "store"
-    index = json.loads(packed["index.json"])
-    assert sorted(packed) == ["classes.npy", "index.json", "s1.npy", "s2.npy"]
-    s1, s2, classes = (np.load(store / f"{name}.npy") for name in ("s1", "s2", "classes"))
-    assert s1.shape == (46, 2, 16, 16) and s1.dtype == np.int16 and s2.shape == (46, 13, 16, 16) and s2.dtype == np.uint16
-    assert classes.shape == (46, 16, 16) and len(index["left_out"]) == len(BAD) and len(index["ids"]) == 46
+    assert sorted(packed) == ["classes.npy", "index.json", "patches.npy", "s1.npy", "s2.npy"]
+    index, rows = json.loads(packed["index.json"]), 60 - 2  # two lack a file
+    arrays = {name: np.load(tree.parent / f"store/{name}.npy") for name in ("s1", "s2", "classes")}
+    assert arrays["s1"].shape == (rows, 2, 16, 16) and arrays["s1"].dtype == np.int16
+    assert arrays["s2"].shape == (rows, 13, 16, 16) and arrays["s2"].dtype == np.uint16
+    assert arrays["classes"].shape == (rows, 16, 16) and arrays["classes"].dtype == np.uint8
+    assert len(index["left_out"]) == len(BAD) and len(index["ids"]) == len(index["splits"]) == rows
+    assert index["bands"] == {"s1": data.S1_BANDS, "s2": data.S2_BANDS} and index["size"] == [16, 16]
+    assert index["classes"] == data.CLASSES and index["labelled"] and not index["simulated"]
+    assert len(np.load(tree.parent / "store/patches.npy")) == rows
+
+
+def test_records_are_of_the_arrays(tree, packed):
+    patches = data.Patches(tree.parent / "store")
+    records, rows = patches.records[patches.rows], patches.rows
+    s1, s2, classes = (array[rows] for array in patches.arrays)
     values = np.concatenate((s1 / 100, s2), 1)
-    for key, function in (("mean", np.mean), ("std", np.std), ("lowest", np.min), ("highest", np.max)):
-        assert np.allclose(index[key], function(values, (0, 2, 3)), rtol=1e-6, atol=1e-6)
+    for name, function in (("mean", np.mean), ("variance", np.var), ("lowest", np.min), ("highest", np.max)):
+        np.testing.assert_allclose(records[name], function(values, (2, 3)), rtol=1e-12)
+    assert (records["state"] == 1).all() and not records["offset"].any()
+    for number, column in zip([*range(8), 255], records["pixels"].T, strict=True):
+        assert (column == (classes == number).sum((1, 2, 3))).all()
+    assert patches.labels[rows].tolist() == data.single_label(classes[:, 0]).tolist()
+
+
+def test_stats_are_of_the_rows_asked_for_alone(tree, packed):
+    patches, rng = data.Patches(tree.parent / "store"), np.random.default_rng(0)
+    for bands, count in ((None, 1), (["B12", "VH", "B4"], 7), (["B8"], len(patches.rows))):
+        patches.select(bands or data.S1_BANDS + data.S2_BANDS)
+        rows = rng.permutation(patches.rows)[:count]
+        stats = patches.stats(rows)
+        for sensor, array, pick in zip(("s1", "s2"), patches.arrays, patches.picks):
+            values = array[rows][:, pick] / (100 if sensor == "s1" else 1)
+            assert isinstance(stats[sensor]["mean"], list)
+            np.testing.assert_allclose(stats[sensor]["mean"], values.mean((0, 2, 3)), rtol=1e-10)
+            np.testing.assert_allclose(stats[sensor]["std"], values.std((0, 2, 3)), rtol=1e-10)
 
 
 def test_statistics_of_bands_that_hardly_vary(tmp_path):
     rng = np.random.default_rng(0)
-    s1 = rng.integers(-1200, -1198, (50, 2, 64, 64)).astype(np.int16)
-    s2 = np.full((50, 13, 64, 64), 65_535, np.uint16) - rng.integers(0, 2, (50, 13, 64, 64)).astype(np.uint16)
-    s2[:, 3] = 10
-    sums = None
-    for a, b in zip(s1, s2):
-        sums = data.add_sums(sums, data.band_sums(a, b))
-    found = data.statistics(sums, 50 * 64 * 64)
-    values = np.concatenate((s1 / 100, s2), 1)
-    assert np.allclose(found["mean"], values.mean((0, 2, 3)), rtol=1e-6)
-    assert np.allclose(found["std"], values.std((0, 2, 3)), rtol=1e-6, atol=1e-12) and found["std"][5] == 0
+    for files in write_tree(tmp_path / "t", rng, 20, (64, 48), labels=False, layout="release").values():
+        s2 = 65_535 - rng.integers(0, 2, (13, 64, 48)).astype(np.uint16)
+        s2[3], s2[10] = 10, 0
+        data.rasterio.open(files["s2"], "r+").write(s2)
+        s1 = rng.choice([-11.98, -11.99], (2, 64, 48)).astype(np.float32)
+        data.rasterio.open(files["s1"], "r+").write(s1)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    stats = patches.stats(patches.rows)
+    for sensor, values in (("s1", patches.arrays[0] / 100), ("s2", patches.arrays[1])):
+        assert np.allclose(stats[sensor]["mean"], values.mean((0, 2, 3)), rtol=1e-9)
+        assert np.allclose(stats[sensor]["std"], values.std((0, 2, 3)), rtol=1e-6, atol=1e-12)
+    assert stats["s2"]["std"][3] == stats["s2"]["std"][10] == 0
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_bytes_do_not_depend_on_workers(tree, packed, tmp_path, workers):
-    data.pack(tree, tmp_path / "store", workers, max_bad=0.5)
+@pytest.mark.parametrize("threads", [2, 5, None])
+def test_bytes_do_not_depend_on_threads(tree, packed, tmp_path, threads):
+    data.pack(tree, tmp_path / "store", threads, max_bad=0.5)
     assert contents(tmp_path / "store") == packed
 
+
+def test_nor_on_how_many_are_flushed_at_once(tree, packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SETTLE", 3)
+    data.pack(tree, tmp_path / "store", max_bad=0.5)
+    assert contents(tmp_path / "store") == packed
+
+
+def test_identity(few, tmp_path):
+    """The same wherever a tree and its store lie and however it was packed; another where one pixel
+    or the meaning of a band or class is another."""
+    first = data.Patches(few.store).identity()
+    assert len(first) == 12 and int(first, 16) >= 0
+    shutil.copytree(few.tree, tmp_path / "tree")
+    shutil.copytree(few.store, tmp_path / "copy")
+    again = data.pack(tmp_path / "tree", tmp_path / "store", 1, max_bad=0.5)
+    assert again.identity() == data.Patches(tmp_path / "copy", ["B4", "VV"]).identity() == first
+    seen, changes = {first}, {"s1": lambda db: db - 0.01, "s2": lambda s2: s2 + 1, "dfc": lambda code: 1 + code % 2}
+    for sensor, change in changes.items():
+        path = few.written[again.ids[again.rows[-1]]][sensor]
+        copy = tmp_path / "tree" / path.relative_to(few.tree)
+        rewrite(lambda a, change=change: np.where(np.arange(a.size).reshape(a.shape) == 35, change(a), a))(copy)
+        other = data.pack(tmp_path / "tree", tmp_path / sensor, max_bad=0.5)
+        assert [(a != b).sum() for a, b in zip(other.arrays, again.arrays)] == [
+            int(sensor == name) for name in changes]
+        seen.add(other.identity())
+        shutil.copy(path, copy)
+    for key, value in {"s1": ["VH", "VV"], "classes": {"1": "a", "2": "b"}}.items():
+        (tmp_path / "tree/legend.json").write_text(json.dumps({key: value}))
+        seen.add(data.pack(tmp_path / "tree", tmp_path / f"legend {key}", max_bad=0.5).identity())
+    assert len(seen) == 6
+
+
+@pytest.mark.parametrize("seed", range(18))
+def test_random_trees(tmp_path, seed):
+    """Any layout, size and number of bands, bad files mixed in: left out is what was spoiled, and no
+    more; the store holds what the files do, and crops of it are slices."""
+    rng = np.random.default_rng(seed)
+    layout, size = list(LAYOUTS)[seed % len(LAYOUTS)], tuple(map(int, rng.integers(7, 30, 2)))
+    legend = {"s1": list("abc")[:rng.integers(1, 4)], "s2": list("defgh")[:rng.integers(1, 6)]}
+    own = seed % 3 == 0
+    bands = tuple(map(len, legend.values())) if own else (2, int(rng.integers(12, 14)))
+    written = write_tree(tmp_path / "tree", rng, 24, size, layout, bands)
+    if own:
+        (tmp_path / "tree/legend.json").write_text(json.dumps(legend))
+    kinds = [kind for kind, (sensor, *_) in BAD.items()
+             if not (sensor == "dfc" and LAYOUTS[layout][1] == "lc" or own and "bands" in kind)]
+    expected = spoil(written, rng, rng.permutation(kinds)[:5])
+    patches = data.pack(tmp_path / "tree", tmp_path / "store", int(rng.integers(1, 4)), max_bad=0.5)
+    assert patches.index["left_out"].keys() == expected.keys() and list(patches.size) == list(size)
+    good = [patch for patch in written if patch not in expected]
+    assert [patches.ids[row] for row in patches.rows] == good
+    for row, patch in zip(patches.rows, good):
+        for array, values in zip(patches.arrays, as_stored(written[patch]), strict=True):
+            assert (array[row] == values).all()
+    side = int(rng.integers(1, min(size) + 1))
+    for batches in (data.random_crops(patches.rows, size, side, 7, seed, 0),
+                    data.grid_crops(patches.rows[:4], size, side, 7)):
+        same(list(data.loader(patches, batches, side, classes=patches.labelled)),
+             list(by_hand(patches, batches, side, patches.labelled)))
+
+
+def test_unicode_and_spaces(tmp_path):
+    tree, store = tmp_path / "Daten – ähm [1]", tmp_path / "a b" / "ç %20"
+    write_tree(tree, np.random.default_rng(0), 5, layout="plain")
+    ids = data.pack(tree, store).ids
+    assert ids[0] == "place 1 é 10" and data.Patches(store).ids == ids
+
+
+def test_marker_of_simulated_data(tmp_path):
+    for number, place in enumerate(("t/SIMULATED", "SIMULATED", "t/train/SIMULATED", "none")):
+        folder = tmp_path / str(number)
+        write_tree(folder / "t", np.random.default_rng(0), 3, layout="plain split")
+        (folder / place).touch()
+        assert data.pack(folder / "t", folder / "store").simulated == (place != "none")
+
+
+# ------------------------------------------------------------------------------ killed
 
 @pytest.mark.parametrize("moment", range(10))
 def test_killed_at_any_moment(tree, packed, tmp_path, moment):
     store, rng = tmp_path / "store", np.random.default_rng(moment)
     for _ in range(3):  # killed again while it goes on from there
-        pid = fork(lambda: slowly(tree, store))
-        time.sleep(rng.uniform(0, 0.45))
+        pid = fork(slowly, tree, store)
+        time.sleep(rng.uniform(0, 0.35))
         os.kill(pid, signal.SIGKILL)
         if wait(pid) == 0:
             break
-        if not (store / "index.json").exists() and (store / "progress.jsonl").exists():
-            with pytest.raises(data.DataError, match="not finished: run the same"):
-                data.open_data(store)
-    data.pack(tree, store, 0, max_bad=0.5)
+        if not (store / "index.json").exists():
+            with pytest.raises(data.DataError, match="not finished"):
+                data.Patches(store)
+    data.pack(tree, store, max_bad=0.5)
     assert contents(store) == packed
 
 
-def test_killed_at_each_write(tree, packed, tmp_path):
-    """Before and after what is brought to the disk as well as at the renaming: there a kill does the most harm."""
-    names = [name for name in ("flush", "replace") for _ in range(2)]
-    for calls in (0, 1, 2, 3, 4, 5, 18, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36):
-        store = tmp_path / str(calls)
-
-        def die(calls=calls, store=store):
-            left = [calls]
-
-            def counted(function):
-                def call(*args):
-                    for step in (lambda: None, lambda: function(*args)):
-                        step()
-                        left[0] -= 1
-                        if left[0] < 0:
-                            os.kill(os.getpid(), signal.SIGKILL)
-                return call
-            for name in set(names):
-                setattr(data, name, counted(getattr(data, name)))
-            data.pack(tree, store, 0, max_bad=0.5)
-
-        assert wait(fork(die)) in (0, -signal.SIGKILL)
-        data.pack(tree, store, 0, max_bad=0.5)
-        assert contents(store) == packed
+CRUCIAL = ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "posix_fallocate"), (os, "mkdir"),
+           (np.lib.format, "open_memmap"), (data.fcntl, "flock"), (json, "dump"), (json, "dumps"))
 
 
-def test_killed_with_workers_and_started_again_at_once(tree, packed, tmp_path):
-    pid = fork(lambda: slowly(tree, tmp_path / "store", 2, 0.1))
-    while not (tmp_path / "store/progress.jsonl").exists():
-        time.sleep(0.01)
-    time.sleep(1.2)
-    os.kill(pid, signal.SIGKILL)  # its workers live on for some seconds
-    assert wait(pid) == -signal.SIGKILL
-    data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
-    assert contents(tmp_path / "store") == packed
-    os.killpg(pid, signal.SIGKILL)
+def die_at(moment, tree, store):
+    """pack(), killed just after a crucial call."""
+    passed = itertools.count()
+
+    def watched(function):
+        def call(*args, **kwargs):
+            result = function(*args, **kwargs)
+            if next(passed) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return call
+
+    for module, name in CRUCIAL:
+        setattr(module, name, watched(getattr(module, name)))
+    data.SETTLE = 4
+    data.pack(tree, store, 2, max_bad=0.5)
 
 
-def test_a_line_of_progress_that_was_cut_off(tree, packed, tmp_path):
+def test_killed_at_each_crucial_call(few, tmp_path):
+    for moment in itertools.count():
+        store = tmp_path / str(moment)
+        ended = wait(fork(die_at, moment, few.tree, store))
+        data.pack(few.tree, store, max_bad=0.5)
+        assert contents(store) == few.packed, moment
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+    assert moment > 20  # arrays made and reserved, twice or more flushed, index written
+
+
+def test_killed_while_the_plan_is_written(few, tmp_path):
     with pytest.raises(data.DataError):
-        data.pack(tree, tmp_path / "store", 0)
-    with open(tmp_path / "store/progress.jsonl", "a") as log:
-        log.write('{"bad": {}, "label": {"ROIs1158')
-    data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
-    assert contents(tmp_path / "store") == packed
+        data.pack(few.tree, tmp_path / "begun")  # too many are bad
+    plan, = (path for path in (tmp_path / "begun").iterdir() if path.suffix == ".json")
+    for length in (0, 1, len(plan.read_bytes()) // 2, len(plan.read_bytes()) - 1):
+        store = tmp_path / str(length)
+        store.mkdir()
+        (store / plan.name).write_bytes(plan.read_bytes()[:length])
+        data.pack(few.tree, store, max_bad=0.5)
+        assert contents(store) == few.packed
+
+
+def test_a_power_cut_leaves_no_state_without_its_row(few, tmp_path, monkeypatch):
+    """At every moment: of all files at worst only what was flushed is on the disk, of the states
+    perhaps all that was written."""
+    store, on_disk, seen = tmp_path / "store", {}, []
+    fsync, replace, read_patch = os.fsync, os.replace, data.read_patch
+
+    def check():
+        if not (store / "patches.npy").exists():
+            return
+        states = np.load(store / "patches.npy")["state"]
+        seen.append(int(states.sum()))
+        for row in np.flatnonzero(states):
+            for name, array in on_disk.items():
+                expected = whole[name][row].copy()
+                if name == "patches":
+                    array = array.copy()
+                    array["state"][row] = 1
+                assert np.array_equal(array[row], expected)
+
+    def flushed(file):
+        path = Path(os.readlink(f"/proc/self/fd/{file}"))
+        if path.suffix == ".npy":
+            on_disk[path.stem] = np.load(path)
+        fsync(file)
+        check()
+
+    def renamed(source, target):
+        if Path(target).name == "index.json":  # nothing may be lost from here on
+            for name, array in on_disk.items():
+                assert np.array_equal(array, whole[name]), name
+            assert sorted(on_disk) == sorted(whole)
+        replace(source, target)
+
+    whole = {name: np.load(few.store / f"{name}.npy") for name in ("s1", "s2", "classes", "patches")}
+    monkeypatch.setattr(data, "SETTLE", 3)
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    monkeypatch.setattr(data, "read_patch", lambda *args: (check(), read_patch(*args))[1])
+    data.pack(few.tree, store, 1, max_bad=0.5)
+    assert contents(store) == few.packed and len(set(seen)) >= 3
+
+
+def test_what_is_done_is_not_read_again(tree, packed, tmp_path, monkeypatch):
+    store, judged, read = tmp_path / "store", [], data.read_patch
+    pid = fork(slowly, tree, store)
+    begun(store)
+    while not np.load(store / "patches.npy", mmap_mode="r")["state"].any():
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    assert wait(pid) == -signal.SIGKILL
+    done = np.load(store / "patches.npy")["state"] == 1
+    monkeypatch.setattr(data, "read_patch", lambda pair, plan: (judged.append(pair["id"]), read(pair, plan))[1])
+    ids = data.pack(tree, store, max_bad=0.5).ids
+    assert done.any() and sorted(judged) == sorted(np.array(ids)[~done])
+    assert contents(store) == packed
 
 
 def test_two_packings_into_one_store(tree, packed, tmp_path):
-    pid = fork(lambda: slowly(tree, tmp_path / "store"))
-    while not (tmp_path / "store/progress.jsonl").exists():
-        time.sleep(0.01)
+    pid = fork(slowly, tree, tmp_path / "store", 0.05)
+    begun(tmp_path / "store")
     with pytest.raises(data.DataError, match="another packing is writing it"):
-        data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
+        data.pack(tree, tmp_path / "store", max_bad=0.5)
     assert wait(pid) == 0 and contents(tmp_path / "store") == packed
 
 
-# ---------------------------------------------------------------------------------------------- disks
+# ------------------------------------------------------------------------------ disks
 
-def limited(size, function):
-    """A function that runs where no file may grow beyond so many bytes."""
-    def run():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-        function()
-    return run
+def limited(size, function, *args, **kwargs):
+    """A function where no file may grow beyond so many bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    function(*args, **kwargs)
 
 
-def test_full_disk_is_said_before_the_work(tree, packed, tmp_path, capfd):
-    needed = 60 * 16 * 16 * (2 * 15 + 1) - 2 * 16 * 16 * 31 + 3 * 128  # the two without partner are never read
-    assert wait(fork(limited(100_000, lambda: slowly(tree, tmp_path / "store")))) == 2
-    said = capfd.readouterr().out
-    assert f"needs {needed:,} bytes" in said and "are free" in said and len(said.splitlines()) == 1
-    assert list((tmp_path / "store").iterdir()) == []
-    data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
+def size_of(packed):
+    return sum(len(content) for name, content in packed.items() if name.endswith(".npy"))
+
+
+def test_quota_is_said_before_the_work(tree, packed, tmp_path, capfd):
+    for size in (1000, 100_000):  # the plan does not fit, an array does not
+        pid = fork(limited, size, slowly, tree, tmp_path / "store", 10)
+        assert wait(pid) == 2  # at once
+        said = capfd.readouterr().out
+        assert "File too large" in said and len(said.splitlines()) == 1 and "choose another folder" in said
+        assert list((tmp_path / "store").iterdir()) == []
+    data.pack(tree, tmp_path / "store", max_bad=0.5)
     assert contents(tmp_path / "store") == packed
 
 
-def test_small_tmpfs(tree, packed, tmp_path):
-    (tmp_path / "disk").mkdir()
-    mount = shutil.which("mount")
-    if not mount or subprocess.run([mount, "-t", "tmpfs", "-o", "size=300k", "none", tmp_path / "disk"], check=False).returncode:
+@pytest.fixture
+def disk(tmp_path):
+    """Folder on a file system of 300 kB, and a function that mounts it with other options."""
+    folder, mount = tmp_path / "disk", shutil.which("mount")
+    folder.mkdir()
+    command = [mount, "-t", "tmpfs", "-o", "size=300k", "none", folder]
+    if not mount or subprocess.run(command, check=False).returncode:
         pytest.skip("no tmpfs can be mounted here")
+    yield folder, lambda options: subprocess.run([mount, "-o", f"remount,{options}", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_full_disk_is_said_before_the_work(tree, packed, disk, monkeypatch):
+    folder, remount = disk
+    read = data.read_patch
+    monkeypatch.setattr(data, "read_patch", lambda *args: pytest.fail("work has begun"))
+    with pytest.raises(data.DataError, match="No space left on device.* bytes.*choose another folder") as error:
+        data.pack(tree, folder / "store", max_bad=0.5)
+    needed, = data.re.findall(r"([\d,]+) bytes", str(error.value))
+    assert abs(int(needed.replace(",", "")) - size_of(packed)) < 10_000
+    assert list((folder / "store").iterdir()) == []
+    monkeypatch.setattr(data, "read_patch", read)
+    remount("size=2m")
+    data.pack(tree, folder / "store", max_bad=0.5)
+    del error  # it holds the map that was not to be
+    gc.collect()
+    remount("ro")
+    assert contents(folder / "store") == packed
+    patches = data.Patches(folder / "store")  # on a read-only mount
+    batches = data.centre_crops(patches.rows[:5], patches.size, 16, 5)
+    same(list(data.loader(patches, batches, 16)), list(by_hand(patches, batches, 16)))
+    data.pack(tree, folder / "store", max_bad=0.5)  # nothing to do
+    with pytest.raises(data.DataError, match="Read-only file system.*choose another folder"):
+        data.pack(tree, folder / "other", max_bad=0.5)
+
+
+def test_disk_that_is_full_at_the_end(tree, packed, disk):
+    folder, remount = disk
+    remount("size=2m")
+    (folder / "other").write_bytes(b"x")
+
+    def fill_the_disk(pair, plan):
+        with pytest.raises(OSError, match="No space left"), open(folder / "other", "ab", 0) as other:
+            while other.write(b"x" * 4096):
+                pass
+        return read(pair, plan)
+
+    read, data.read_patch = data.read_patch, fill_the_disk
     try:
-        with pytest.raises(data.DataError, match="needs .* bytes, 30.,... are free"):
-            data.pack(tree, tmp_path / "disk/store", 0, max_bad=0.5)
-        assert list((tmp_path / "disk/store").iterdir()) == []
-        subprocess.run([mount, "-o", "remount,size=2m", tmp_path / "disk"], check=True)
-        data.pack(tree, tmp_path / "disk/store", 0, max_bad=0.5)
-        subprocess.run([mount, "-o", "remount,ro", tmp_path / "disk"], check=True)
-        assert contents(tmp_path / "disk/store") == packed
-        store = data.open_data(tmp_path / "disk/store")  # on a read-only mount
-        assert store.crops([5], [0], [0], 16)[0].shape == (1, 2, 16, 16)
-        del store
-        with pytest.raises(data.DataError, match="Read-only file system: .* choose another folder"):
-            data.pack(tree, tmp_path / "disk/other", 0, max_bad=0.5)
+        with pytest.raises(data.DataError, match="No space left on device"):
+            data.pack(tree, folder / "store", max_bad=0.5)
     finally:
-        subprocess.run(["umount", "--lazy", tmp_path / "disk"], check=True)
+        data.read_patch = read
+    assert not (folder / "store/index.json").exists()
+    remount("size=4m")
+    data.pack(tree, folder / "store", max_bad=0.5)
+    assert contents(folder / "store") == packed
 
 
-def test_disk_that_fills_in_spite_of_the_reservation(tree, packed, tmp_path, capfd):
-    def run():
-        data.reserve = lambda store, files, *progress: (data.replace(*progress), [path.touch() for path in files])
-        data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
-    assert wait(fork(limited(200_000, run))) == 2
-    assert "File too large: mend that" in capfd.readouterr().out and not (tmp_path / "store/index.json").exists()
-    data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
-    assert contents(tmp_path / "store") == packed
+def test_read_only_tree_and_store():
+    with tempfile.TemporaryDirectory(prefix="only readable ä ") as folder:
+        folder = Path(folder)
+        write_tree(folder / "tree", np.random.default_rng(0), 9)
+        data.pack(folder / "tree", folder / "store")
+        for path in (folder, *folder.rglob("*")):
+            path.chmod(0o555)
+        (folder / "out").mkdir()
+        (folder / "out").chmod(0o777)
 
+        def run():
+            if os.getuid() == 0:  # root may write anywhere
+                os.setgid(65534)
+                os.setuid(65534)
+            os.chdir("/")
+            data.pack(folder / "tree", folder / "out/store")
+            assert contents(folder / "out/store") == contents(folder / "store")
+            patches = data.Patches(folder / "store")
+            batches = data.centre_crops(patches.rows, patches.size, 16, 5)
+            same(list(data.loader(patches, batches, 16)), list(by_hand(patches, batches, 16)))
+            with pytest.raises(data.DataError, match="Permission denied"):
+                data.pack(folder / "tree", folder / "tree/store")
 
-def test_read_only_tree_and_store(tmp_path_factory):
-    folder = tmp_path_factory.getbasetemp() / "only readable ä"
-    write_tree(folder / "tree", np.random.default_rng(0), 9)
-    data.pack(folder / "tree", folder / "store", 0)
-    expected = contents(folder / "store")
-    (folder / "out").mkdir()
-    os.chmod(folder / "out", 0o777)
-    paths = [folder / "tree", folder / "store", *(folder / "tree").rglob("*"), *(folder / "store").iterdir()]
-    above = [path for path in folder.parents if path.stat().st_uid == os.getuid() and not path.stat().st_mode & 0o001]
-    modes = {path: path.stat().st_mode for path in (*above, *paths)}
-    for path, mode in modes.items():
-        os.chmod(path, mode | 0o111 if path in above else 0o555)
-
-    def run():
-        if os.getuid() == 0:  # root may write anywhere
-            os.setgid(65534)
-            os.setuid(65534)
-        os.chdir("/")
-        data.pack(folder / "tree", folder / "out/store", 0)
-        assert contents(folder / "out/store") == expected
-        patches = data.open_data(folder / "store")
-        assert len(patches) == 9 and patches.crops([8], [0], [0], 16)[2].shape == (1, 16, 16)
-        assert len(data.open_data(folder / "tree", workers=0)) == 9
-        with pytest.raises(data.DataError, match="Permission denied"):
-            data.pack(folder / "tree", folder / "tree/store", 0)
-
-    try:
         assert wait(fork(run)) == 0
-    finally:
-        for path, mode in modes.items():
-            os.chmod(path, mode)
 
 
-# ---------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------ refusals
 
 def test_every_file_bad(tmp_path):
     written = write_tree(tmp_path / "tree", np.random.default_rng(0), 6)
@@ -265,99 +472,122 @@ def test_every_file_bad(tmp_path):
         BAD["NaN"][1](files["s1"])
     for max_bad in (0.01, 1):
         with pytest.raises(data.DataError, match="6 of 6 patches cannot be used.*NaN or infinite"):
-            data.pack(tmp_path / "tree", tmp_path / f"store {max_bad}", 0, max_bad=max_bad)
+            data.pack(tmp_path / "tree", tmp_path / f"store {max_bad}", max_bad=max_bad)
     for files in written.values():
         BAD["no TIFF"][1](files["s2"])
-    with pytest.raises(data.DataError, match="s2_1_p9.tif: neither it nor the others"):
-        data.pack(tmp_path / "tree", tmp_path / "store", 0)
+    with pytest.raises(data.DataError, match="s2_1_p10.tif and others: 0 readable bands"):
+        data.pack(tmp_path / "tree", tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 
 def test_too_many_bad_stop_early_and_max_bad_goes_on(tree, packed, tmp_path, monkeypatch):
     read, judged = data.read_patch, []
-    monkeypatch.setattr(data, "read_patch", lambda place, shape: (judged.append(place.id), read(place, shape))[1])
-    with pytest.raises(data.DataError, match=r"of 60 patches cannot be used, --max-bad allows 1.0%: ROIs1158_spring_"):
-        data.pack(tree, tmp_path / "store", 0)
-    data.pack(tree, tmp_path / "store", 0, max_bad=0.5)
-    assert contents(tmp_path / "store") == packed and len(judged) == len(set(judged)) == 58
+    monkeypatch.setattr(data, "SETTLE", 8)
+    monkeypatch.setattr(data, "read_patch", lambda pair, plan: (judged.append(pair["id"]), read(pair, plan))[1])
+    words = r"of 60 patches cannot be used, --max-bad allows 1.0%: ROIs0000_test_.*\(.*tif: .*\)"
+    with pytest.raises(data.DataError, match=words) as error:
+        data.pack(tree, tmp_path / "store", 2)
+    assert len(judged) <= 8 + 8 + 2 and "\n" not in str(error.value)
+    data.pack(tree, tmp_path / "store", max_bad=0.5)
+    assert contents(tmp_path / "store") == packed
+    assert len(judged) < 58 + len(BAD)  # the good ones once
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_random_trees(tmp_path, seed):
-    """Any layout, size and number of bands, bad files mixed in: left out is what was spoiled, and no more; tree and
-    store agree bit for bit."""
-    rng = np.random.default_rng(seed)
-    layout, size = list(LAYOUTS)[seed % len(LAYOUTS)], (4 * int(rng.integers(2, 8)), int(rng.integers(7, 30)))
-    written = write_tree(tmp_path / "tree", rng, 24, size, layout, bands=int(rng.integers(12, 14)))
-    spoilt = rng.permutation(len(written))[:5]
-    for k, kind in zip(spoilt, rng.permutation(list(BAD))):
-        sensor, do, _ = BAD[kind]
-        do(list(written.values())[k][LAYOUTS[layout][1] if sensor == "lc" else sensor])
-    index = data.pack(tmp_path / "tree", tmp_path / "store", int(rng.integers(3)), max_bad=0.5)
-    assert index["patches"] == 19 and len(index["left_out"]) == 5 and tuple(index["shape"][1:]) == size
-    tree, store = (data.open_data(tmp_path / name, workers=0, max_bad=0.5) for name in ("tree", "store"))
-    assert {key: value for key, value in index.items() if key != "key"} == tree.index == {
-        key: value for key, value in store.index.items() if key != "key"}
-    side = int(rng.integers(1, min(size) + 1))
-    for make in (lambda p: data.RandomCrops(p, range(19), side, 7, seed), lambda p: data.GridCrops(p, range(19), side, 7)):
-        for step in range(3):
-            for x, y in zip(make(tree)[step], make(store)[step], strict=True):
-                assert torch.equal(x, y)
+def test_max_bad_counts_what_has_no_partner_at_every_start(tmp_path):
+    written = write_tree(tmp_path / "tree", np.random.default_rng(0), 10)
+    spoil(written, np.random.default_rng(0), ["partner"])
+    for _ in range(3):
+        with pytest.raises(data.DataError, match="1 of 10 patches cannot be used.*no s2 file"):
+            data.pack(tmp_path / "tree", tmp_path / "store", max_bad=0.05)
+    assert len(data.pack(tmp_path / "tree", tmp_path / "store", max_bad=0.1).rows) == 9
 
 
-def test_files_that_are_not_of_a_packing_are_left_alone(tree, tmp_path):
-    (tmp_path / "s1.npy").write_bytes(b"mine")
-    with pytest.raises(data.DataError, match="s1.npy: there is such a file, but no packing began here"):
-        data.pack(tree, tmp_path, 0, max_bad=0.5)
-    assert (tmp_path / "s1.npy").read_bytes() == b"mine" and not (tmp_path / "progress.jsonl").exists()
+def test_mended_files_are_taken(tmp_path):
+    written = write_tree(tmp_path / "tree", np.random.default_rng(0), 10)
+    path = written["ROIs0000_test_2_p10"]["s2"]
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    with pytest.raises(data.DataError, match="ROIs0000_test_2_p10 .*Mend them and start again"):
+        data.pack(tmp_path / "tree", tmp_path / "store")
+    path.write_bytes(content)
+    data.pack(tmp_path / "tree", tmp_path / "store")
+    data.pack(tmp_path / "tree", tmp_path / "fresh")
+    assert contents(tmp_path / "store") == contents(tmp_path / "fresh")
 
 
-def test_unicode_and_spaces(tmp_path):
-    tree, store = tmp_path / "Daten – ähm [1]", tmp_path / "a b" / "ç %20"
-    write_tree(tree, np.random.default_rng(0), 5, layout="plain")
-    index = data.pack(tree, store, 1)
-    assert index["ids"][0] == "place 1 é 10" and data.open_data(store).ids == index["ids"]
+@pytest.mark.parametrize("name", ["s1.npy", "mine.txt", "index.part", "folder/x"])
+def test_files_that_are_not_of_a_packing_are_left_alone(few, tmp_path, name):
+    path = tmp_path / "store" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    for _ in range(2):
+        with pytest.raises(data.DataError, match="holds other files.*choose another folder"):
+            data.pack(few.tree, tmp_path / "store", max_bad=0.5)
+        assert [p for p in (tmp_path / "store").rglob("*") if p.is_file()] == [path]
+        assert path.read_bytes() == b"mine"
 
 
 def test_other_tree_or_options(tree, packed, tmp_path):
     store = tmp_path / "store"
-    data.pack(tree, store, 0, limit=20, max_bad=0.9)
+    data.pack(tree, store, limit=20, max_bad=0.9)
     done = contents(store)
-    for options in ({}, {"limit": 21}):
+    for options in ({}, {"limit": 21}, {"limit": 20, "s2_offset": 0}):
         with pytest.raises(data.DataError, match="holds another packing"):
-            data.pack(tree, store, 0, max_bad=0.9, **options)
-    assert contents(store) == done  # and the same again changes nothing
-    data.pack(tree, store, 0, limit=20, max_bad=0.9)
+            data.pack(tree, store, max_bad=0.9, **options)
+    data.pack(tree, store, limit=20, max_bad=0.9)  # and the same again changes nothing
     assert contents(store) == done
-    pid = fork(lambda: slowly(tree, tmp_path / "half", seconds=0.05))
-    time.sleep(0.6)
+    pid = fork(slowly, tree, tmp_path / "half", 0.05)
+    begun(tmp_path / "half")
     os.kill(pid, signal.SIGKILL)
     assert wait(pid) == -signal.SIGKILL
-    with pytest.raises(data.DataError, match="changed since this packing began"):
-        data.pack(tree, tmp_path / "half", 0, limit=20, max_bad=0.9)
+    half = contents(tmp_path / "half")
+    for options in ({"limit": 20}, {"s2_offset": 0}):
+        with pytest.raises(data.DataError, match="changed since this packing began"):
+            data.pack(tree, tmp_path / "half", max_bad=0.9, **options)
+    assert contents(tmp_path / "half") == half
+    data.pack(tree, tmp_path / "half", max_bad=0.5)
+    assert contents(tmp_path / "half") == packed
 
 
-def test_stores_that_are_refused(tree, packed, tmp_path):
-    def spoiled(name, change):
-        store = tmp_path / name
-        store.mkdir()
-        for file, content in packed.items():
-            (store / file).write_bytes(content)
-        change(store)
-        with pytest.raises(data.DataError) as caught:
-            data.open_data(store)
-        return str(caught.value)
+def test_a_tree_that_grew(few, tmp_path):
+    shutil.copytree(few.tree, tmp_path / "tree")
+    shutil.copytree(few.store, tmp_path / "store")
+    write_tree(tmp_path / "tree", np.random.default_rng(0), 3, layout="dfc split")
+    with pytest.raises(data.DataError, match="holds another packing"):
+        data.pack(tmp_path / "tree", tmp_path / "store", max_bad=0.5)
 
-    def reindex(**entries):
-        return lambda store: (store / "index.json").write_text(json.dumps({**json.loads(packed["index.json"]), **entries}))
 
-    assert "store format 2, this version reads 1" in spoiled("newer", reindex(format=2))
-    assert "store format None" in spoiled("none", reindex(format=None))
-    size = len(packed["s2.npy"])
-    said = spoiled("short", lambda store: os.truncate(store / "s2.npy", size - 1))
-    assert "s2.npy" in said and f"{size - 1:,} bytes where the index says {size:,}" in said
-    assert "classes.npy: 0 bytes" in spoiled("missing", lambda store: (store / "classes.npy").unlink())
-    assert "s1.npy: not the array" in spoiled("swapped", lambda store: shutil.copy(store / "s2.npy", store / "s1.npy"))
-    assert "index.json cannot be read" in spoiled("cut", lambda store: os.truncate(store / "index.json", 900))
+def reindexed(change):
+    def write(store):
+        index = json.loads((store / "index.json").read_text())
+        (store / "index.json").write_text(json.dumps(change(index)))
+    return write
+
+
+SPOILED = {  # a store that was hurt -> words of what is said
+    "newer": (reindexed(lambda index: {**index, "format": 99}), "format 99, this version has "),
+    "no format": (reindexed(lambda index: {k: v for k, v in index.items() if k != "format"}), "format"),
+    "a list": (reindexed(list), "cannot be read"),
+    "fewer patches": (reindexed(lambda index: {**index, "ids": index["ids"][1:]}), "array"),
+    "index cut off": (lambda store: os.truncate(store / "index.json", 900), "cannot be read"),
+    "array cut off": (lambda store: os.truncate(store / "s2.npy", 20_000), "cannot be read"),
+    "array empty": (lambda store: os.truncate(store / "s2.npy", 0), "cannot be read"),
+    "array missing": (lambda store: (store / "classes.npy").unlink(), "classes.npy"),
+    "records missing": (lambda store: (store / "patches.npy").unlink(), "patches.npy"),
+    "no array": (lambda store: (store / "s1.npy").write_text("<html>"), "cannot be read"),
+    "swapped": (lambda store: shutil.copy(store / "s2.npy", store / "s1.npy"), "array"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_stores_that_are_refused(few, tmp_path, name):
+    store = tmp_path / "store"
+    shutil.copytree(few.store, store)
+    hurt, words = SPOILED[name]
+    hurt(store)
+    with pytest.raises(data.DataError, match=words) as error:
+        data.Patches(store)
+    assert str(error.value).startswith(f"{store}: ") and "\n" not in str(error.value)
+    assert "pack" in str(error.value)
 
 

@@ -3,7 +3,6 @@ import functools
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -14,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from conftest import BACKGROUND, CONTEXT, ROOT, folder, simulated
 from torch import nn
+from torchvision.transforms.v2 import functional as V
 
 import data
 import models
@@ -35,7 +36,7 @@ STEPS = 18
 @functools.cache
 def make_store():
     """The simulated SEN12MS tree, packed: 64 pairs of 40 px in 4 scenes."""
-    data.pack(simulated() / "sen12ms", folder() / "store", workers=0)
+    data.pack(simulated() / "sen12ms", folder() / "store")
     return folder() / "store"
 
 
@@ -44,9 +45,9 @@ def store():
     return make_store()
 
 
-RUNS = {"reference": MMA, "again": [*MMA, "--workers", 0]} | {  # by tests that only look at what they leave
+RUNS = {"reference": MMA, "again": [*MMA, "--threads", 1]} | {  # by tests that only look at what they leave
     method: ["--method", method, "--epochs", 2, "--batch-size", 16, "--crop", 33, "--holdout", 0.25, "--eval-every", 1,
-             "--log-every", 2, "--scale", scale, "--workers", 0]
+             "--log-every", 2, "--scale", scale]
     for method, scale in (("d-simclr", "patch-max"), ("mma", "fixed"), ("simclr-rgb", "standard"))}
 
 
@@ -65,7 +66,6 @@ def begin():
 
 def script(argv, says, environment=(), trouble=None):
     """In a process of its own: pretrain.py with these arguments, what it prints into the file `says`."""
-    multiprocessing.set_start_method("fork", force=True)  # for its readers, as in a process that a user starts
     os.setsid()  # a group, as a scheduler's job is
     os.environ.update(environment)
     torch.set_num_threads(1)
@@ -149,7 +149,7 @@ def test_every_method_runs_and_logs(method, scale):
     out = folder() / method
     content, log = contents(out)
     assert (content["method"], content["scale"], content["epoch"], content["step"]) == (method, scale, 2, 6)
-    assert content["simulated"]
+    assert content["simulated"] and content["classes"] == models.CLASSES
     assert content["bands"]["s2"] == (models.RGB if method == "simclr-rgb" else models.S2_BANDS)
     held, steps = ([line for line in log if key in line] for key in ("retrieval", "loss"))
     assert [line["epoch"] for line in held] == [0, 1, 2] and [line["step"] for line in steps] == [2, 3, 4, 6]
@@ -170,40 +170,87 @@ def test_training_lowers_the_loss_and_follows_the_schedule(reference):
         assert line["lr"] == pytest.approx(1e-4 * (1 + math.cos(math.pi * max(0, line["step"] - 7) / 12)) / 2)
 
 
-def test_held_out_scenes_are_whole_and_not_trained_on(store):
-    patches = data.open_data(store)
-    rows, held = data.split_scenes(patches, 0.3)
-    assert sorted([*rows, *held]) == list(range(64)) and len(held) == 32
-    assert not {patches.scenes[row] for row in rows} & {patches.scenes[row] for row in held}
-    assert not len(data.split_scenes(patches, 0)[1])
-    patches.splits = np.array(["test"] * 16 + ["spring"] * 48)
-    assert min(np.concatenate(data.split_scenes(patches, 0.3))) == 16
+def test_what_is_held_out_is_not_trained_on(store, reference):
+    patches = data.open_store(store)
+    args = SimpleNamespace(crop=16, batch_size=8, seed=0, epochs=2)
+    for splits in (patches.splits, np.array(["spring"] * 48 + ["test"] * 16)):
+        patches.splits = splits
+        rows, held = data.split_scenes(patches, 0.25)
+        assert sorted([*rows, *held]) == list(range(64)) and len(held) == 16
+        assert not {patches.scenes[row] for row in rows} & {patches.scenes[row] for row in held}
+        seen = [row for batch in pretrain.batches_from(0, rows, patches.size, args) for row in batch[0]]
+        assert len(seen) == 96 and set(seen) == set(rows)  # in two epochs
+    content, _ = contents(reference)
+    patches = data.open_store(store)
+    rows, _ = data.split_scenes(patches, 0.25)
+    assert content["stats"] == patches.stats(rows) != patches.stats(patches.rows)  # nor in the scaling
+
+
+def test_processes_and_resumed_runs_take_their_parts_of_the_same_batches():
+    args = SimpleNamespace(crop=16, batch_size=6, seed=3, epochs=3)
+
+    def batches(*more):
+        return [np.stack(batch) for batch in pretrain.batches_from(*more)]
+
+    whole = batches(0, np.arange(20, 40), (40, 50), args)
+    parts = [batches(0, np.arange(20, 40), (40, 50), args, rank, 3) for rank in range(3)]
+    assert len(whole) == 9 and np.array_equal(whole, np.concatenate(parts, 2))  # (batch, 3, crop)
+    for epoch in range(3):  # every row at most once; in each epoch other places
+        rows, tops, lefts = np.concatenate(whole[3 * epoch:3 * epoch + 3], 1)
+        assert len(set(rows)) == 18 and tops.max() <= 24 < lefts.max() <= 34
+    assert not np.array_equal(whole[0], whole[3])
+    for start in (2, 3, 7):
+        assert np.array_equal(batches(start, np.arange(20, 40), (40, 50), args), whole[start:])
+
+
+def choose_bands(tree, out, bands):
+    """A tree of simulated SEN12MS again as plain pairs, with only these S2 bands."""
+    for path in tree.rglob("*_s2_*.tif"):
+        scene, _, name = path.stem.rpartition("_")
+        for sensor, source, picks in (("s1", str(path).replace("s2_", "s1_"), [1, 2]),
+                                      ("s2", path, [models.S2_BANDS.index(band) + 1 for band in bands])):
+            with rasterio.open(source) as tif:
+                pixels, profile = tif.read(picks), tif.profile
+            target = out / sensor / scene / f"{name}.tif"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with rasterio.open(target, "w", **{**profile, "count": len(picks)}) as tif:
+                tif.write(pixels)
+    return out
 
 
 def test_bands_are_chosen_by_name_and_recorded(trees, tmp_path):
-    tree = tmp_path / "l2a"  # Sentinel-2 L2A: no B10
-    shutil.copytree(trees / "sen12ms", tree)
-    for path in tree.rglob("*_s2_*.tif"):
-        with rasterio.open(path) as tif:
-            s2, profile = tif.read(), tif.profile
-        with rasterio.open(path, "w", **{**profile, "count": 12}) as tif:
-            tif.write(np.delete(s2, 10, 0))
-    base = ["--data", tree, "--method", "mma", "--epochs", 1, "--batch-size", 24, "--crop", 16, "--workers", 0]
-    run(base, tmp_path / "all")
     l2a = [band for band in models.S2_BANDS if band != "B10"]
+    data.pack(choose_bands(trees / "sen12ms", tmp_path / "l2a", l2a), tmp_path / "store")
+    base = ["--data", tmp_path / "store", "--method", "mma", "--epochs", 1, "--batch-size", 24, "--crop", 16]
+    run(base, tmp_path / "all")
     assert models.load_checkpoint(tmp_path / "all/last.pt")["bands"] == {"s1": ["VV", "VH"], "s2": l2a}
     run([*base, "--bands", "VH", "B8", "B4"], tmp_path / "few")
     content = models.load_checkpoint(tmp_path / "few/last.pt")
     assert content["bands"] == {"s1": ["VH"], "s2": ["B8", "B4"]}
     assert content["encoders"]["s2"]["convs1.layers.0.weight"].shape[1] == 2
-    for bands, words in ((["VV", "B10"], "no band B10; it has VV VH B1"), (["B2"], "mma needs bands of both sensors")):
+    for bands, words in ((["VV", "B10"], "no band B10"), (["B2"], "mma takes bands of both sensors")):
         code, text = finish(start([*base, "--bands", *bands], tmp_path / "none"))
         assert code == 2 and words in text.splitlines()[-1] and "Traceback" not in text
 
 
+def test_simclr_takes_three_named_bands_where_colours_are_missing(trees, tmp_path):
+    tree = choose_bands(trees / "sen12ms", tmp_path / "tree", ["B12", "B8", "B4", "B1"])
+    classes = {"1": "dry", "2": "flooded"}
+    (tree / "legend.json").write_text(json.dumps({"s2": ["swir", "nir", "red", "haze"], "classes": classes}))
+    data.pack(tree, tmp_path / "store")
+    base = ["--data", tmp_path / "store", "--method", "simclr-rgb", "--epochs", 1, "--batch-size", 8, "--crop", 16]
+    code, text = finish(start(base, tmp_path / "none"))
+    assert code == 2 and text.count("\n") == 1 and "no band B4 B3 B2" in text and "haze" in text
+    assert "simclr-rgb takes three of Sentinel-2, see --bands" in text
+    run([*base, "--bands", "nir", "swir", "red"], tmp_path / "named")
+    content = models.load_checkpoint(tmp_path / "named/last.pt")
+    assert content["bands"] == {"s1": [], "s2": ["nir", "swir", "red"]} and content["classes"] == ["dry", "flooded"]
+
+
 @pytest.mark.parametrize("arguments, words", [
     (["--batch-size", 65], "choose a smaller batch"), (["--crop", 41], "--crop 41"),
-    (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"), (["--data", "nowhere"], "SEN12MS: mediaTUM"),
+    (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"), (["--data", "nowhere"], "SEN12MS"),
+    (["--data", ROOT], "data.py pack"), (["--threads", 0], "0 is not above 0"),
     (["--method", "simclr-rgb", "--bands", "B2"], "three of Sentinel-2")])
 def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, arguments, words):
     common = ["--data", store, "--batch-size", 8, "--out", tmp_path / "x"]
@@ -215,36 +262,96 @@ def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, 
 
 # ---------------------------------------------------------------------------------------------- SimCLR's views
 
-def views_of(store, steps=(0, 7), rank=0, world=1, seed=3):
-    patches = data.open_data(store, models.RGB)
-    views = pretrain.TwoViews(patches, range(64), 33, 8, seed, drop_last=True, rank=rank, world=world)
-    views.scale = "fixed"
-    return [views[step] for step in steps]
+@pytest.mark.parametrize("kind, factors", [
+    ("brightness", (0.2, 0.7, 1, 1.8)), ("contrast", (0.2, 0.7, 1, 1.8)), ("saturation", (0.2, 0.7, 1, 1.8)),
+    ("hue", (-0.2, -0.05, 0, 0.2))])
+def test_jitter_of_a_batch_is_torchvisions_of_each_image(kind, factors):
+    images = torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    images[:, :, 0], images[:, :, 1], images[:, 1, 2] = 0, images[:, :1, 1], images[:, 0, 2]  # black, grey, equals
+    adjust = getattr(V, f"adjust_{kind}")
+    expected = torch.stack([adjust(image, factor) for image, factor in zip(images, factors)])
+    assert (pretrain.jitter(kind, images, torch.tensor(factors)[:, None, None, None]) - expected).abs().max() < 2e-6
 
 
-def test_views_are_drawn_per_sample_and_do_not_depend_on_the_processes(store):
+def test_blur_of_a_batch_is_torchvisions_of_each_image():
+    images, sigma = torch.rand(3, 3, 60, 60, generator=torch.Generator().manual_seed(0)), (0.1, 0.8, 2.0)
+    expected = torch.stack([V.gaussian_blur(image, 7, x) for image, x in zip(images, sigma)])  # a tenth of the side
+    assert (pretrain.blur(images, torch.tensor(sigma)[:, None, None, None]) - expected).abs().max() < 1e-6
+
+
+def plain_draws(count, **change):
+    """Draws that leave the images as they are, but for what is named."""
+    draws = {"crop": np.tile(np.eye(2, 3), (2, count, 1, 1)), "order": np.full((2, count, 4), -1),
+             "factors": np.ones((2, count, 4)), "grey": np.zeros((2, count), bool), "sigma": np.zeros((2, count))}
+    return {**draws, **change}.values()
+
+
+def test_views_crop_and_flip_as_torchvision_does():
+    images, (crop, *others) = torch.rand(3, 3, 32, 32), plain_draws(3)
+    boxes = [(0, 0, 32, 32), (4, 8, 16, 20), (12, 3, 20, 10)]  # top, left, height, width
+    for view, mirror in enumerate((1, -1)):
+        for k, (top, left, height, width) in enumerate(boxes):
+            crop[view, k] = [[mirror * width / 32, 0, (2 * left + width) / 32 - 1],
+                                       [0, height / 32, (2 * top + height) / 32 - 1]]
+    for view, flip in zip(pretrain.two_views(images, crop, *others), (False, True)):
+        for k, box in enumerate(boxes):
+            expected = V.resized_crop(images[k], *box, [32, 32], antialias=True)
+            expected = V.horizontal_flip(expected) if flip else expected
+            edge = 0 if k == 0 else 2  # where we see half a pixel beyond the crop, torchvision repeats its last
+            inside = slice(edge, 32 - edge), slice(edge, 32 - edge)
+            assert (view[k] - expected)[:, *inside].abs().max() < 1e-5
+
+
+def test_each_sample_has_its_own_augmentations_in_its_own_order():
+    images = torch.rand(4, 3, 20, 20, generator=torch.Generator().manual_seed(0))
+    order = np.array([[[0, 1, 2, 3], [3, 2, 1, 0], [-1] * 4, [2, 0, 3, 1]]] * 2)
+    factors = np.random.default_rng(0).uniform((0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2), (2, 4, 4))
+    grey, sigma = np.zeros((2, 4), bool), np.zeros((2, 4))
+    grey[0, 2], sigma[1, 3] = True, 1.5
+    views = pretrain.two_views(images, *plain_draws(4, order=order, factors=factors, grey=grey, sigma=sigma))
+    operations = V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue
+    for view in range(2):
+        for k, image in enumerate(images):
+            for number in order[view, k]:
+                image = operations[number](image, factors[view, k, number]) if number >= 0 else image
+            image = V.rgb_to_grayscale(image, 3) if grey[view, k] else image
+            image = V.gaussian_blur(image, 3, sigma[view, k]) if sigma[view, k] else image
+            assert (views[view][k] - image).abs().max() < 1e-5
+
+
+def test_draws_have_the_published_strengths():
+    crop, order, factors, grey, sigma = pretrain.draw_views(20_000, 0, 0)
+    width, height, middle = abs(crop[..., 0, 0]), crop[..., 1, 1], crop[..., 2]
+    assert (abs(middle) <= 1 - np.stack((width, height), -1) + 1e-12).all()  # within the image
+    for values, low, high in ((width * height, 0.08, 1), (width / height, 3 / 4, 4 / 3), (sigma[sigma > 0], 0.1, 2),
+                              *zip(np.moveaxis(factors, -1, 0), (0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2))):
+        assert low <= values.min() < low + 0.01 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
+    jittered = order[order[..., 0] >= 0]
+    shares = (crop[..., 0, 0] < 0).mean(), len(jittered) / 40_000, grey.mean(), (sigma > 0).mean()
+    assert shares == pytest.approx((0.5, 0.8, 0.2, 0.5), abs=0.01)
+    assert len(np.unique(jittered, axis=0)) == 24 and (np.sort(jittered) == range(4)).all()
+
+
+def test_views_do_not_depend_on_the_processes_and_every_sample_has_its_own():
+    args = SimpleNamespace(method="simclr-rgb", scale="patch-max", batch_size=8, seed=3)
+    s1, s2 = torch.zeros(8, 0, 20, 20, dtype=torch.int16), torch.arange(1200).view(1, 3, 20, 20).repeat(8, 1, 1, 1)
     state = torch.get_rng_state()
-    whole = views_of(store)
-    assert torch.equal(torch.get_rng_state(), state)  # a reader leaves the generator of its process alone
-    parts = [views_of(store, rank=rank, world=2) for rank in range(2)]
-    for step, batch in enumerate(whole):
-        for k, tensor in enumerate(batch):
-            assert torch.equal(tensor, torch.cat([part[step][k] for part in parts]))
-    a, b, _ = whole[0]
-    assert a.shape == (8, 3, 33, 33) and a.dtype == torch.float32 and 0 <= a.min() and a.max() <= 1
-    assert not any(torch.equal(x, y) for x, y in zip(a, b))
-    assert not torch.equal(a, views_of(store, seed=4)[0][0])
-    patches = data.open_data(store, models.RGB)  # eight times the same crop: eight different draws
-    views = pretrain.TwoViews(patches, [5] * 8, 40, 8, 3, drop_last=True)
-    views.scale = "patch-max"
-    a, b, _ = views[0]
-    assert len({tuple(x.flatten()[:50].tolist()) for x in (*a, *b)}) == 16
+    whole = pretrain.network_inputs(s1, s2, args, None, 7, 0)
+    for k in range(2):
+        parts = [pretrain.network_inputs(s1[:4], s2[:4], args, None, 7, rank)[k] for rank in range(2)]
+        assert torch.equal(whole[k], torch.cat(parts))
+        assert whole[k].shape == (8, 3, 20, 20) and 0 <= whole[k].min() and whole[k].max() <= 1
+    assert len({tuple(x.flatten()[:50].tolist()) for x in (*whole[0], *whole[1])}) == 16  # of the same image
+    for seed, step in ((4, 7), (3, 8)):
+        args.seed = seed
+        assert not torch.equal(pretrain.network_inputs(s1, s2, args, None, step, 0)[0], whole[0])
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # ---------------------------------------------------------------------------------------------- survival
 
 def test_the_same_command_gives_the_same_bits(reference):
-    begun("again").result()  # whatever the number of workers
+    begun("again").result()  # whatever the number of threads
     assert_same_run(folder() / "again", reference)
 
 
@@ -285,8 +392,8 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(store, reference,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_all_processes_saves_after_the_step_in_hand(store, reference, tmp_path, number):
-    out, argv = tmp_path / "stopped", [*MMA, "--data", store, "--workers", 1]
+def test_a_signal_saves_after_the_step_in_hand(store, reference, tmp_path, number):
+    out, argv = tmp_path / "stopped", [*MMA, "--data", store]
     process = start(argv, out)
     while not (out / "log.jsonl").exists() or '"step": 2' not in (out / "log.jsonl").read_text():
         time.sleep(0.002)
@@ -301,7 +408,7 @@ def test_a_signal_to_all_processes_saves_after_the_step_in_hand(store, reference
 
 
 def test_a_stop_between_logged_steps_leaves_no_trace(store, reference, tmp_path):
-    out, argv = copy_of_epoch_2(reference, tmp_path / "stopped"), [*MMA, "--data", store, "--workers", 0]
+    out, argv = copy_of_epoch_2(reference, tmp_path / "stopped"), [*MMA, "--data", store]
     code, _ = finish(start(argv, out, trouble=signal_after_step_15))
     assert code == 143 and step_of(out / "last.pt") == 15
     run(argv, out)
@@ -390,13 +497,33 @@ def nan_at_the_end_of_an_epoch():
 def test_nothing_is_saved_once_the_loss_is_not_finite(store, reference, tmp_path, trouble, words):
     out = copy_of_epoch_2(reference, tmp_path / "nan")
     before = (out / "last.pt").read_bytes()
-    code, text = finish(start([*MMA, "--data", store, "--log-every", 6, "--workers", 0], out, trouble=trouble))
+    code, text = finish(start([*MMA, "--data", store, "--log-every", 6], out, trouble=trouble))
     assert code == 2 and words in text and "Traceback" not in text
-    patches = data.open_data(store)
-    batches = data.RandomCrops(patches, data.split_scenes(patches, 0.25)[0], 16, 8, 0, drop_last=True)
-    rows = batches[int(words.split()[-1]) - 1][-1]
+    patches = data.open_store(store)
+    args = SimpleNamespace(crop=16, batch_size=8, seed=0, epochs=3)
+    batches = pretrain.batches_from(0, data.split_scenes(patches, 0.25)[0], patches.size, args)
+    rows = list(batches)[int(words.split()[-1]) - 1][0]
     assert text.rstrip().endswith("The batch: " + " ".join(patches.ids[row] for row in rows))
     assert (out / "last.pt").read_bytes() == before and list(out.glob("previous*")) == []
+
+
+def out_of_memory():
+    def forward_backward(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+    pretrain.forward_backward = forward_backward
+
+
+def a_bug():
+    def forward_backward(*arguments):
+        raise RuntimeError("sizes do not match")
+    pretrain.forward_backward = forward_backward
+
+
+def test_out_of_memory_names_the_mend_and_a_bug_keeps_its_traceback(store, tmp_path):
+    code, text = finish(start([*MMA, "--data", store], tmp_path / "full", trouble=out_of_memory))
+    assert code == 2 and "--micro-batch" in text.splitlines()[-1] and "Traceback" not in text
+    code, text = finish(start([*MMA, "--data", store], tmp_path / "bug", trouble=a_bug))
+    assert code == 1 and "Traceback" in text and "\nRuntimeError: sizes do not match\n" in text
 
 
 # ---------------------------------------------------------------------------------------------- several processes
@@ -417,6 +544,7 @@ def make(method):
     """-> model without coupling between samples, and a global batch of twelve."""
     torch.manual_seed(0)
     model = models.Contrastive(method, {"s1": ["VV", "VH"], "s2": models.RGB}).eval()
+    model.to(memory_format=torch.channels_last)  # as in training
     with torch.no_grad():  # untrained features hardly differ from place to place, and their gradients cancel
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -432,9 +560,9 @@ def gradients(method, rank=0, world=1, micro=None, steps=0):
     mine = [x.chunk(world)[rank] for x in (a, b)]
 
     def backward():
-        return pretrain.forward_backward(network, lambda *part: part, models.autocast("float32", torch.device("cpu")),
-                                         lambda a, b, **share: model.loss(a, b, 0.1, **share),
-                                         list(zip(*(x.split(micro or len(x)) for x in mine))), rank, world)
+        return pretrain.forward_backward(
+            network, models.autocast("float32", torch.device("cpu")), functools.partial(model.loss, temperature=0.1),
+            *mine, micro or len(mine[0]), rank, world)
 
     loss, z1, _ = backward()
     if world > 1:
@@ -450,11 +578,25 @@ def gradients(method, rank=0, world=1, micro=None, steps=0):
     return *found, hashlib.sha256(weights).hexdigest()
 
 
+def plain_gradients(method):
+    """The same without any of pretrain.py."""
+    model, a, b = make(method)
+    embeddings = model(a, b)
+    loss = model.loss(*embeddings, 0.1)
+    loss.backward()
+    return loss.detach(), embeddings[0].detach(), [weight.grad for weight in model.parameters()]
+
+
 def gradients_in_a_process(environment, cases, path):
     os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
+    args = SimpleNamespace(method="d-simclr", arch="resnet18", seed=rank, compile=False, lr=1, weight_decay=0)
+    model, network, _ = pretrain.make_model(args, {"s1": ["VV"], "s2": models.RGB}, torch.device("cpu"), world)
+    assert network.module is model and not network.will_sync_module_buffers()  # not in every forward
+    first = model.encoders["s1"].conv1.weight
+    assert torch.equal(*pretrain.gather(first.detach()[None], world)[[0, -1]])  # all begin with one's weights
     for k, (method, *more) in enumerate(cases):
         loss, z1, grad, weights = gradients(method, rank, world, *more)
         everyone = [None] * world
@@ -483,22 +625,23 @@ def test_several_processes_compute_what_one_does(tmp_path, world, cases):
         process.join(120)
         assert process.exitcode == 0
     for k, (method, *_) in enumerate(cases):
-        assert_close(torch.load(f"{tmp_path}/found.{k}", weights_only=True), gradients(method))
+        assert_close(torch.load(f"{tmp_path}/found.{k}", weights_only=True), plain_gradients(method))
 
 
-@pytest.mark.parametrize("method, micro", [("d-simclr", 5), ("mma", 1), ("simclr-rgb", 4)])
+@pytest.mark.parametrize("method, micro", [("d-simclr", 5), ("d-simclr", None), ("mma", 1), ("simclr-rgb", 4)])
 def test_micro_batches_give_the_gradient_of_the_whole_batch(method, micro):
-    assert_close(gradients(method, micro=micro), gradients(method))
+    assert_close(gradients(method, micro=micro), plain_gradients(method))
 
 
 def test_two_processes_train_and_stop_together(store, tmp_path):
-    argv, out = [*MMA, "--data", store, "--workers", 0, "--micro-batch", 2], tmp_path / "two"
+    """At the next step that is a multiple of AGREE."""
+    argv, out = [*MMA, "--data", store, "--micro-batch", 2], tmp_path / "two"
     processes = [start(argv, out, tmp_path / f"stop{rank}.txt", environment=environment,
                        trouble=signal_after_step_15 if rank else None)
                  for rank, environment in enumerate(rank_environments(2))]  # only rank 1 gets a signal
     for process in processes:
         assert finish(process)[0] == 143
-    assert step_of(out / "last.pt") == 15
+    assert step_of(out / "last.pt") == 16 == 2 * pretrain.AGREE
     processes = [start(argv, out, tmp_path / f"go{rank}.txt", environment=environment)
                  for rank, environment in enumerate(rank_environments(2))]
     texts = [finish(process) for process in processes]
@@ -524,7 +667,7 @@ data.run(pretrain.main, models.CheckpointError, OSError)
 
 def torchrun():
     """-> folders of a job of torchrun of which a rank dies, and of one that is left alone."""
-    out, argv = folder() / "torchrun", [*MMA, "--data", make_store(), "--workers", 0]
+    out, argv = folder() / "torchrun", [*MMA, "--data", make_store()]
     out.mkdir()
     (out / "dies.py").write_text(RANK_1_DIES_ONCE.format(root=str(ROOT)))
     job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -544,7 +687,7 @@ def test_torchrun_starts_again_after_a_rank_died():
 
 
 def test_a_rank_that_dies_ends_the_job(store, tmp_path):
-    argv, out = [*MMA, "--data", store, "--workers", 0, "--epochs", 1000], tmp_path / "dead"
+    argv, out = [*MMA, "--data", store, "--epochs", 1000], tmp_path / "dead"
     one, other = [start(argv, out, tmp_path / f"{rank}.txt", environment=environment)
                   for rank, environment in enumerate(rank_environments(2))]
     while not (out / "log.jsonl").exists() or '"step": 2' not in (out / "log.jsonl").read_text():

@@ -1,87 +1,82 @@
-"""What any reader can run to trust the scores: chance, certainty, and that pretraining helps (on simulated data)."""
-import argparse
+"""What any reader can run to trust the scores: chance, certainty, and that pretraining helps (on
+simulated data)."""
 import functools
 
 import numpy as np
 import pytest
 import simulate
-import torch
 from conftest import BACKGROUND, folder, user
 
 import data
 import linear_eval
 import models
 import pretrain
-from data import IGNORE
-
-ARGS = argparse.Namespace(device="cpu", probe="linear", crop=32, batch_size=100, workers=0, precision="float32",
-                          checkpoint="", results=None)
 
 
-def features(patches, encoders, scaling, split):
-    rows = np.flatnonzero(patches.splits == split)
-    found = linear_eval.extract(encoders, scaling, patches, rows, ARGS)
-    return {**found, "row": np.searchsorted(rows, found["row"])}
+def crops_of(patches, content=None, scaling=None, baseline=None, seed=0):
+    """-> what linear_eval.extract() makes of the training and the test crops."""
+    args = linear_eval.evaluation_parser("").parse_args([])
+    vars(args).update(crop=32, precision="float32", baseline=baseline, sensors="both")
+    network = linear_eval.frozen_network(args, content or {}, patches, seed)
+    return [linear_eval.extract(network, scaling or {"scale": "fixed"}, patches,
+                                patches.rows_of(split), args) for split in ("validation", "test")]
 
 
-def scores(parts, labels, task="single", seed=0, probe="linear"):
-    args, (train, test) = argparse.Namespace(device="cpu", probe=probe), parts
-    names = [name for name in train if name not in ("single", "multi", "row")]
-    chosen = linear_eval.training_rows(labels, 1, seed)
-    return linear_eval.probe(train, test, names, task, chosen, labels, seed, args)[0]
+def scores(parts, labels, chosen, task="single", seed=0, kind="linear"):
+    rows = chosen[linear_eval.training_rows(labels[chosen], 1, seed)]
+    return linear_eval.probe(task, *parts, rows, labels, seed, kind)[0]
 
 
 @pytest.fixture(scope="module")
-def bands_of(trees):
-    """Band means and sd of the training and test crops of simulated patches, and the training patches' labels."""
-    patches = data.open_data(trees / "dfc2020", workers=0)
-    encoders = torch.nn.ModuleDict({name: linear_eval.BandStatistics() for name in ("s1", "s2")})
-    parts = [features(patches, encoders, {"scale": "fixed"}, split) for split in ("validation", "test")]
-    return parts, patches.labels[patches.splits == "validation"]
+def bands_of(labelled):
+    """Band means and sd of the training and test crops of simulated patches, the labels of all
+    patches, and the training rows."""
+    patches = data.open_store(labelled)
+    return crops_of(patches, baseline="bands"), patches.labels, patches.rows_of("validation")
 
 
 def test_shuffled_labels_score_at_chance(bands_of):
-    (train, test), labels = bands_of
+    (train, test), labels, rows = bands_of
+    each = len(train["row"]) // len(rows)  # crops of a patch
     averages = []
-    for seed in range(5):  # labels change places patch by patch, so that crops of one patch still agree
-        order = np.random.default_rng(seed).permutation(len(labels))
-        places = order[train["row"]] * (len(train["row"]) // len(labels)) + np.arange(len(train["row"])) % (
-            len(train["row"]) // len(labels))
-        shuffled = {**train, "single": train["single"][places]}
-        averages.append(scores((shuffled, test), labels[order], seed=seed)["average"])
-    classes = len(np.unique(test["single"][test["single"] != IGNORE]))
+    for seed in range(5):  # labels change places patch by patch, so that crops of one patch agree
+        order = np.random.default_rng(seed).permutation(len(rows))
+        places = np.add.outer(each * order, np.arange(each)).ravel()
+        shuffled, mixed = {**train, "single": train["single"][places]}, labels.copy()
+        mixed[rows] = labels[rows[order]]
+        averages.append(scores((shuffled, test), mixed, rows, seed=seed)["average"])
+    classes = test["single"].any(0).sum()
     error = np.std(averages, ddof=1) / np.sqrt(len(averages))
     assert abs(np.mean(averages) - 1 / classes) < 3 * error + 0.02
-    assert scores(bands_of[0], labels)["average"] > 1 / classes + 0.2  # while the true ones can be learnt
+    assert scores(*bands_of)["average"] > 1 / classes + 0.2  # while the true ones can be learnt
 
 
 @pytest.mark.parametrize("task", ["single", "multi"])
 def test_the_label_as_a_band_scores_100(bands_of, task):
-    parts, labels = bands_of
-    leaky = []
-    for part in parts:
-        label = np.eye(256, dtype=np.float32)[part["single"]][:, :8] if task == "single" else part["multi"]
-        leaky.append({**{key: part[key] for key in ("single", "multi", "row")}, "label": label})
-    seen = leaky[0]["label"].any(0)
-    keep = ~leaky[1]["label"][:, ~seen].any(1)  # what was never shown cannot be learnt
-    leaky[1] = {key: value[keep] for key, value in leaky[1].items()}
-    found = scores(leaky, labels, task)
+    parts, labels, rows = bands_of
+    train, test = ({**part, "x": part[task]} for part in parts)
+    seen = train[task].any(0)
+    keep = ~test[task][:, ~seen].any(1)  # what was never shown cannot be learnt
+    test = {key: value[keep] for key, value in test.items()}
+    found = scores((train, test), labels, rows, task)
     assert found["overall"] == 1 and found["average"] == 1
 
 
 def pretrain_seed(seed):
     """-> folder of a pretraining of D-SimCLR on simulated pairs."""
     out = folder() / f"sanity{seed}"
-    done = user("pretrain.py", "--data", pairs(), "--out", out, "--epochs", 2, "--batch-size", 16, "--crop", 32, "--lr", 1e-3,
-                "--constant-epochs", 1, "--scale", "fixed", "--holdout", 0.2, "--seed", seed, "--workers", 0)
+    done = user("pretrain.py", "--data", training_pairs(), "--out", out, "--epochs", 2, "--batch-size", 16,
+                "--crop", 32, "--lr", 1e-3, "--constant-epochs", 1, "--scale", "fixed", "--holdout",
+                0.2, "--seed", seed)
     assert done.returncode == 0, done.stderr
     return out
 
 
 @functools.cache
-def pairs():
-    simulate.simulate_sen12ms(folder() / "pairs", scenes=16, patches=40, size=32, seed=3)
-    return folder() / "pairs"
+def training_pairs():
+    simulate.simulate_sen12ms(folder() / "sanity", scenes=16, patches=40, size=32, seed=3)
+    data.pack(folder() / "sanity", folder() / "sanity pairs")
+    return folder() / "sanity pairs"
 
 
 @functools.cache
@@ -91,24 +86,25 @@ def begin():
 
 
 def test_pretraining_beats_random_weights(tmp_path):
-    """By more than the seeds' spread: the worst pretrained encoder is better than the best random one."""
-    simulate.simulate_dfc2020(tmp_path, train=96, test=160, size=32, seed=3)
-    patches, pretrained = data.open_data(tmp_path, workers=0), [future.result() for future in begin()]
-    labels = patches.labels[patches.splits == "validation"]
-    found = {}
-    for seed in range(2):
-        content = models.load_checkpoint(pretrained[seed] / "last.pt")
-        encoders, scaling = models.load_encoders(content)
-        torch.manual_seed(seed)
-        random = models.make_encoders("d-simclr", patches.bands).eval()
-        retrieval = [line["retrieval"]["s1_to_s2"]["top5"] for line in
-                     pretrain.Log(pretrained[seed] / "log.jsonl", 10**9).entries if "retrieval" in line]
-        found.setdefault("retrieval", []).append((retrieval[0], retrieval[-1]))
-        parts = [[features(patches, e, scaling, split) for split in ("validation", "test")] for e in (random, encoders)]
-        for probe in ("linear", "knn"):
-            averages = [scores(part, labels, seed=seed, probe=probe)["average"] for part in parts]
-            found.setdefault(probe, []).append(averages)
-    for reading, pairs in found.items():
-        before, after = np.array(pairs).T
+    """By more than the seeds' spread: the worst pretrained encoder is better than the best random
+    one."""
+    simulate.simulate_dfc2020(tmp_path / "tree", train=96, test=160, size=32, seed=3)
+    patches = data.pack(tmp_path / "tree", tmp_path / "store")
+    rows, found = patches.rows_of("validation"), {"retrieval": [], "linear": [], "knn": []}
+    for seed, pretrained in enumerate(begin()):
+        out = pretrained.result()
+        content = models.load_checkpoint(out / "last.pt")
+        entries = pretrain.Log(out / "log.jsonl", 10**9).entries
+        retrieval = [entry["retrieval"]["s1_to_s2"]["top5"] for entry in entries
+                     if "retrieval" in entry]
+        found["retrieval"].append((retrieval[0], retrieval[-1]))
+        _, scaling = models.load_encoders(content)
+        both = crops_of(patches, baseline="random", seed=seed), crops_of(patches, content, scaling)
+        for kind in ("linear", "knn"):
+            averages = [scores(parts, patches.labels, rows, seed=seed, kind=kind)["average"]
+                        for parts in both]
+            found[kind].append(averages)
+    for reading, numbers in found.items():
+        before, after = np.array(numbers).T
         print(f"{reading}: random {before.round(3)}, pretrained {after.round(3)}")
         assert after.min() > before.max(), reading

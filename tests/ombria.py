@@ -1,0 +1,121 @@
+"""A clone of the public OMBRIA data set as two trees for data.py pack: real pairs without a login.
+
+    git clone https://github.com/geodrak/OMBRIA
+    python tests/ombria.py OMBRIA OUT        # OUT/pairs to pretrain on, OUT/flood with labels
+
+OMBRIA (Drakonakis et al. 2022, "OmbriaNet") shows some 840 places of 256 px before and after a flood:
+Sentinel-1 as one grey channel, Sentinel-2 as false colour (B12, B8, B4 by its look), and a flood mask.
+`pairs` holds the pairs before the flood, `flood` those after it with the classes dry and flooded; the
+places of 2021, other countries and events, are the split `test`. Its 8 bits are stretched back to the
+range of the real thing, which calibrates nothing: grey 0..255 becomes -25..0 dB, a colour 39 times
+itself. The data set has no licence file: use it, but do not pass it on.
+"""
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import rasterio
+from tqdm import tqdm
+
+LEGEND = {"s1": ["VV"], "s2": ["B12", "B8", "B4"], "classes": {"1": "dry", "2": "flooded"}}
+GUYANA = "2021/GUYANA: its two sensors could not be shown to match"
+
+
+def read(path):
+    """PNG -> (channels, h, w) uint8."""
+    with rasterio.open(path) as image:
+        return image.read()
+
+
+def write(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rasterio.open(path, "w", driver="GTiff", count=len(array), height=array.shape[1],
+                       width=array.shape[2], dtype=array.dtype, compress="deflate") as file:
+        file.write(array)
+
+
+def find_places(clone, regions):
+    """-> (list of {"scene", "name", "test", "before", "after": (S1, S2) paths, "mask"}, what is missing).
+    regions: {name: scene} of the 694 places that have no country, or {}."""
+    places, missing = [], [GUYANA]
+    for part in ("train", "test"):  # OMBRIA's own split, whose patches abut
+        radar, optical = clone / "OmbriaS1" / part, clone / "OmbriaS2" / part
+        found = sorted((radar / "BEFORE").glob("S1_before_*.png"))
+        for name in (path.stem.rpartition("_")[2] for path in found):
+            dates = {date: (radar / date.upper() / f"S1_{date}_{name}.png",
+                            optical / date.upper() / f"S2_{date}_{name}.png")
+                     for date in ("before", "after")}
+            places.append({"scene": regions.get(name, "OMBRIA"), "name": name, "test": False, **dates,
+                           "mask": radar / "MASK" / f"S1_mask_{name}.png"})
+        missing += [] if found else [f"OmbriaS1/{part}: not there"]
+    for country in ("ALBANIA", "FRANCE", "TIMOR"):
+        folder = clone / "2021" / country
+        radar, optical = folder / "Sentinel1", folder / "Sentinel2"
+        found = sorted((radar / "BEFORE").glob("imbefore_*.png"))
+        for number in (path.stem.rpartition("_")[2] for path in found):
+            dates = {date: (radar / date.upper() / f"im{date}_{number}.png",
+                            optical / date.upper() / f"im{date}_{number}.png")
+                     for date in ("before", "after")}
+            places.append({"scene": country, "name": number, "test": True, **dates,
+                           "mask": radar / "MASK" / f"gt_{number}.png"})
+        missing += [] if found else [f"2021/{country}: not there"]
+    return places, missing
+
+
+def convert(place, date, split, out, suffix="", mask=False):
+    """Write one pair, and its mask as classes, under OUT/SPLIT/{s1,s2,classes}/SCENE; -> what is
+    missing, or None."""
+    files = [*place[date], *([place["mask"]] if mask else [])]
+    for file in files:
+        if not file.exists():
+            return f"{file}: not there"
+    radar, optical, *flood = map(read, files)
+    images = {"s1": radar[:1] * np.float32(25 / 255) - 25, "s2": optical[:3] * np.uint16(39)}
+    if mask:
+        images["classes"] = np.where(flood[0][:1] > 127, 2, 1).astype(np.uint8)
+    for sensor, image in images.items():
+        write(out / split / sensor / place["scene"] / f"{place['name']}{suffix}.tif", image)
+    return None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clone", type=Path, help="folder with OmbriaS1, OmbriaS2 and 2021")
+    parser.add_argument("out", type=Path, help="folder of the two trees")
+    parser.add_argument("--dates", choices=("before", "both"), default="before",
+                        help="of OUT/pairs; both: with the pairs after the flood, clouded and days apart")
+    parser.add_argument("--regions", type=Path, metavar="CSV",
+                        help="columns number and region: which places may not be split")
+    parser.add_argument("--test-regions", nargs="+", default=[], metavar="REGION",
+                        help="these regions are in the split `test`, too")
+    args = parser.parse_args()
+    regions = {}
+    if args.regions:
+        with open(args.regions, newline="") as file:
+            regions = {row["number"]: row["region"] for row in csv.DictReader(file)}
+    if unknown := set(args.test_regions) - set(regions.values()):
+        parser.error(f"--test-regions {' '.join(sorted(unknown))}: no such region in --regions")
+    if args.out.exists() and any(args.out.iterdir()):
+        parser.error(f"{args.out}: is not empty: remove it or choose another folder")
+    places, missing = find_places(args.clone, regions)
+    if not places:
+        parser.error(f"{args.clone}: neither OmbriaS1/ nor 2021/ with PNG files are in it: is it a clone "
+                     "of https://github.com/geodrak/OMBRIA?")
+    for place in tqdm(places, desc="converting", unit="place"):
+        split = "test" if place["test"] or place["scene"] in args.test_regions else "train"
+        missing.append(convert(place, "before", split, args.out / "pairs"))
+        if args.dates == "both":
+            missing.append(convert(place, "after", split, args.out / "pairs", "_after"))
+        missing.append(convert(place, "after", split, args.out / "flood", mask=True))
+    for tree in ("pairs", "flood"):
+        (args.out / tree / "legend.json").write_text(json.dumps(LEGEND))
+    print(f"wrote {len(places)} places into {args.out}/pairs and {args.out}/flood; left out:")
+    print("\n".join(filter(None, missing)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
