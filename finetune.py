@@ -162,15 +162,15 @@ def table_rows(lines):
     settings become rows of their own, named by what differs."""
     order, groups = [*TITLES.values(), "Band means and sd"], {}
     for line in lines:
-        settings = json.dumps(settings_of(line), sort_keys=True)
-        groups.setdefault(row_title(line), {}).setdefault(settings, []).append(line)
+        text = json.dumps(settings_of(line), sort_keys=True)
+        groups.setdefault(row_title(line), {}).setdefault(text, []).append(line)
     rows = {}
     for title in sorted(groups, key=lambda title: (order.index(title.split(",")[0]), title)):
-        settings = [json.loads(text) for text in groups[title]]
+        settings = [settings_of(group[0]) for group in groups[title].values()]
         names = sorted(set().union(*settings))
-        differ = [name for name in names if len({s.get(name) for s in settings}) > 1]
-        for setting, group in zip(settings, groups[title].values()):
-            values = ", ".join(f"{name} {setting.get(name)}" for name in differ)
+        differ = [name for name in names if len({each.get(name) for each in settings}) > 1]
+        for each, group in zip(settings, groups[title].values()):
+            values = ", ".join(f"{name} {each.get(name)}" for name in differ)
             rows[f"{title} [{values}]" if differ else title] = group
     return rows
 
@@ -224,11 +224,11 @@ def probe_table(lines):
     """Frozen encoders: rows by features, sensors used and share of labels; both tasks."""
     rows = []
     for title, group in table_rows(lines).items():
-        parts = {}
+        inputs = {}
         for line in group:
-            part = parts.setdefault((line["sensors"], line["label_fraction"]), {})
-            part.setdefault(line["task"], []).append(line)
-        for (sensors, fraction), tasks in sorted(parts.items()):
+            tasks = inputs.setdefault((line["sensors"], line["label_fraction"]), {})
+            tasks.setdefault(line["task"], []).append(line)
+        for (sensors, fraction), tasks in sorted(inputs.items()):
             cells = [percent(line[name] for line in tasks.get(task, ()))
                      for task in HEADINGS for name in ("average", "overall")]
             seeds = max(map(len, tasks.values()))
@@ -250,8 +250,8 @@ def draw_fractions(axis, lines, beside_poster):
         for line in group:
             averages.setdefault(100 * line["label_fraction"], []).append(100 * line["average"])
         x = sorted(averages)
-        y = [np.mean(averages[share]) for share in x]
-        sd = [np.std(averages[share], ddof=len(averages[share]) > 1) for share in x]
+        y = [np.mean(values) for values in map(averages.get, x)]
+        sd = [np.std(values, ddof=len(values) > 1) for values in map(averages.get, x)]
         method = group[0]["method"]
         marker, colour = MARKERS[method]
         axis.errorbar(x, y, sd, color=colour, marker=marker, linestyle=next(dashes[method]), ms=5,
@@ -273,7 +273,7 @@ def report(folder):
     parts = ["# SIMULATED data: these numbers say nothing about the methods\n" if simulated else
              "# Results\n",
              "Mean ± standard deviation over seeds; best average bold; `-`: no such number.\n"]
-    by_classes, panels = {}, {}
+    by_classes, panels = {}, []
     for line in lines:
         by_classes.setdefault(tuple(line.get("classes", data.CLASSES)), []).append(line)
     for classes, group in by_classes.items():
@@ -286,13 +286,13 @@ def report(folder):
         curves = [line for line in group if line["task"] == "single" and line["method"] in MARKERS
                   and line["protocol"] != "linear" and row_title(line) in TITLES.values()]
         if curves:
-            panels[title] = curves, beside_poster
+            panels.append((title, curves, beside_poster))
     text = "\n".join(parts)
     print(text)
     (folder / "tables.md").write_text(text)
     if panels:
         figure, axes = data.new_figure(1, len(panels), figsize=(5.6 * len(panels), 4))
-        for axis, (title, panel) in zip(axes[0], panels.items()):
+        for axis, (title, *panel) in zip(axes[0], panels):
             draw_fractions(axis, *panel)
             axis.set_title(f"{'SIMULATED data, ' * simulated}{title}, single-label", fontsize=10)
         figure.savefig(folder / "label_fraction.png", dpi=130)

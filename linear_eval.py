@@ -374,7 +374,7 @@ def retrieve(args, content):
 def draw_retrieval(args, rows, nearest, title):
     """Write a picture of a dozen Sentinel-1 patches, below each the Sentinel-2 patches nearest to
     it, the right one framed. nearest: (N, 5) places in rows."""
-    patches = data.open_store(args.data)  # all bands: the encoders may see none that are colours
+    patches = data.Patches(args.data)  # all bands: the encoders may see none that are colours
     queries = np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))
     shown = rows[np.concatenate((queries, nearest[queries].ravel()))]
     batches = data.centre_crops(shown, patches.size, args.crop, len(shown))
@@ -440,7 +440,7 @@ def read_options(parser):
 def open_patches(args, content):
     """-> the store --data with the bands that the encoders take; DataError where it lacks them. It
     counts as simulated where the encoders learnt from simulated data."""
-    patches, method = data.open_store(args.data), models.METHODS[args.method]
+    patches, method = data.Patches(args.data), models.METHODS[args.method]
     patches.select(args.bands or method.get("bands", patches.bands["s1"] + patches.bands["s2"]))
     for sensor in "+".join(method["inputs"]).split("+"):
         if not patches.bands[sensor]:

@@ -101,7 +101,7 @@ def gather(x, world):
 
 def open_patches(args, device):
     """The store with the bands that the method takes."""
-    patches = data.open_store(args.data)
+    patches = data.Patches(args.data)
     rgb = args.method == "simclr-rgb"
     needs = "three of Sentinel-2" if rgb else "bands of both sensors"
     bands = args.bands or (models.RGB if rgb else patches.bands["s1"] + patches.bands["s2"])

@@ -34,7 +34,20 @@ def save_untrained(path, patches, method="d-simclr", **change):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory, pairs):
     """An untrained D-SimCLR checkpoint of the simulated pairs."""
-    return save_untrained(tmp_path_factory.mktemp("run") / "last.pt", data.open_store(pairs))
+    return save_untrained(tmp_path_factory.mktemp("run") / "last.pt", data.Patches(pairs))
+
+
+def write_pair(folder, name, legend, s1, s2, classes):
+    """A pair of plain GeoTIFFs with its class map, each (bands, h, w), in a tree with a legend."""
+    images = {"s1": np.float32(s1), "s2": np.uint16(s2), "classes": np.uint8(classes)}
+    for sensor, image in images.items():
+        path = folder / sensor / f"{name}.tif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count, height, width = image.shape
+        with rasterio.open(path, "w", driver="GTiff", count=count, height=height, width=width,
+                           dtype=image.dtype) as file:
+            file.write(image)
+    (folder / "../legend.json").write_text(json.dumps(legend))
 
 
 @pytest.fixture(scope="session")
@@ -42,18 +55,12 @@ def flood(tmp_path_factory):
     """A store of pairs with bands and classes of their own: 12 to train on, 8 to test on, 36 px."""
     folder, rng = tmp_path_factory.mktemp("flood"), np.random.default_rng(0)
     for k, split in enumerate(["train"] * 12 + ["test"] * 8):
-        wet = (np.arange(36) < 12 + 12 * (k % 2)) * np.ones((36, 1))
-        images = {"s1": np.float32(-8 - 12 * wet + rng.normal(0, 1, (1, 36, 36))),
-                  "s2": np.uint16(3000 - 1500 * wet + rng.normal(0, 200, (3, 36, 36))),
-                  "classes": np.uint8(np.where(wet, 4, 1))[None]}
-        images["classes"][:, 30:] = 7  # no class
-        for sensor, image in images.items():
-            path = folder / "tree" / split / sensor / f"scene {k // 2}" / f"{k}.tif"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with rasterio.open(path, "w", driver="GTiff", count=len(image), height=36, width=36,
-                               dtype=image.dtype) as file:
-                file.write(image)
-    (folder / "tree/legend.json").write_text(json.dumps(FLOOD))
+        wet = (np.arange(36) < 12 + 12 * (k % 2)) * np.ones((1, 36, 1))
+        classes = np.where(wet, 4, 1)
+        classes[:, 30:] = 7  # no class
+        write_pair(folder / "tree" / split, f"scene {k // 2}/{k}", FLOOD,
+                   -8 - 12 * wet + rng.normal(0, 1, (1, 36, 36)),
+                   3000 - 1500 * wet + rng.normal(0, 200, (3, 36, 36)), classes)
     data.pack(folder / "tree", folder / "store")
     return folder / "store"
 
@@ -71,10 +78,10 @@ def test_metrics_are_those_of_the_released_code(shared):
     golden = np.load(shared / "golden/metrics.npz")
     single = linear_eval.single_scores(golden["single_true"], golden["single_pred"])
     multi = linear_eval.multi_scores(golden["multi_true"], golden["multi_pred"])
-    for scores, prefix, name in ((single, "single", "class_accuracy"), (multi, "multi", "class_f1")):
-        np.testing.assert_allclose(scores["class"], golden[f"{prefix}_{name}"], atol=1e-6)
-        assert scores["average"] == pytest.approx(golden[f"{prefix}_average"], abs=1e-6)
-        assert scores["overall"] == pytest.approx(golden[f"{prefix}_overall"], abs=1e-6)
+    for scores, task, name in ((single, "single", "accuracy"), (multi, "multi", "f1")):
+        np.testing.assert_allclose(scores["class"], golden[f"{task}_class_{name}"], atol=1e-6)
+        assert scores["average"] == pytest.approx(golden[f"{task}_average"], abs=1e-6)
+        assert scores["overall"] == pytest.approx(golden[f"{task}_overall"], abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -202,7 +209,8 @@ def test_the_fit_predicts_what_scikit_learn_predicts(penalty, classes):
     linear_model = pytest.importorskip("sklearn.linear_model")
 
     def logits(task, x, y, weight):
-        return linear_eval.predict(queries, *linear_eval.fit(task, x, y, weight[None], penalty))[:, 0]
+        model = linear_eval.fit(task, x, y, weight[None], penalty)
+        return linear_eval.predict(queries, *model)[:, 0]
 
     same = []
     for seed in range(2):
@@ -278,12 +286,37 @@ def made_up(n, seed, classes=8, d=16):
     return {"x": x, "single": y, "multi": y, "row": row}, labels
 
 
+def test_the_penalty_is_the_one_that_predicts_other_patches_best():
+    (train, labels), (test, _) = made_up(48, 0), made_up(200, 1)
+    chosen = linear_eval.training_rows(labels, 1, 0)
+    found = linear_eval.probe("single", train, test, chosen, labels, 0)[1]["penalty"]
+    x, y, queries = (torch.from_numpy(v).double() for v in (train["x"], train["single"], test["x"]))
+    right = {}
+    for penalty in linear_eval.PENALTIES:
+        model = linear_eval.fit("single", x, y, torch.ones(1, len(x)).double(), penalty)
+        predicted = linear_eval.predict(queries, *model)[:, 0].argmax(1).numpy()
+        right[penalty] = (predicted == test["single"].argmax(1)).mean()
+    assert right[found] > max(right.values()) - 0.01 > min(right.values()) + 0.01
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn"])
+@pytest.mark.parametrize("task", ["single", "multi"])
+def test_a_patch_that_is_not_chosen_teaches_nothing(kind, task):
+    (train, labels), (test, _) = made_up(48, 0), made_up(40, 1)
+    chosen = linear_eval.training_rows(labels, 0.5, 0)
+    others = ~np.isin(train["row"], chosen)
+    other = {**train, "x": np.where(others[:, None], -5 * train["x"], train["x"])}
+    one = linear_eval.probe(task, train, test, chosen, labels, 0, kind)
+    np.testing.assert_equal(one, linear_eval.probe(task, other, test, chosen, labels, 0, kind))
+
+
 @pytest.mark.parametrize("kind", ["linear", "knn"])
 @pytest.mark.parametrize("task", ["single", "multi"])
 def test_a_test_label_changes_no_prediction(monkeypatch, kind, task):
     (train, labels), (test, _) = made_up(48, 0), made_up(40, 1)
     predictions, score = [], linear_eval.score
-    monkeypatch.setattr(linear_eval, "score", lambda *args: predictions.append(args[2]) or score(*args))
+    monkeypatch.setattr(linear_eval, "score",
+                        lambda *args: predictions.append(args[2]) or score(*args))
     scores = []
     for change in (0, 3):
         changed = {**test, task: np.roll(test[task], change, 1)}
@@ -295,10 +328,11 @@ def test_a_test_label_changes_no_prediction(monkeypatch, kind, task):
 
 
 @pytest.mark.parametrize("kind, task, classes", [
-    ("linear", "single", 2), ("linear", "multi", 2), ("knn", "single", 2), ("linear", "single", 254),
-    ("knn", "multi", 254)])
+    ("linear", "single", 2), ("linear", "multi", 2), ("knn", "single", 2),
+    ("linear", "single", 254), ("knn", "multi", 254)])
 def test_any_number_of_classes(kind, task, classes):
-    (train, labels), (test, _) = made_up(2 * classes, 0, classes, 32), made_up(classes, 1, classes, 32)
+    train, labels = made_up(2 * classes, 0, classes, 32)
+    test, _ = made_up(classes, 1, classes, 32)
     chosen = linear_eval.training_rows(labels, 1, 0)
     scores, counts = linear_eval.probe(task, train, test, chosen, labels, 0, kind)
     assert len(scores["class"]) == classes and counts["train_patches"] == 2 * classes
@@ -377,7 +411,27 @@ def test_probe_of_a_checkpoint(tmp_path, labelled, checkpoint, monkeypatch):
     assert len(probe("--probe", "knn")) == 12 and len(probe("--sensors", "s1")) == 16
 
     (tmp_path / "results.jsonl").unlink()
-    assert probe("--label-fraction", 0.1, 1) == first
+    assert probe("--label-fraction", 0.1, "--seeds", 1) == first[::2][:2]
+
+
+def test_one_split_is_learnt_from_and_the_other_tested_on(tmp_path, labelled, monkeypatch):
+    def watch(module, name):
+        calls, function = [], getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args: calls.append(args) or function(*args))
+        return calls
+
+    options = ("--data", labelled, "--results", tmp_path, "--crop", 32, "--seeds", 1)
+    probed = watch(linear_eval, "probe")
+    call(monkeypatch, linear_eval, "--baseline", "bands", *options)
+    trained, extracted = watch(finetune, "train"), watch(linear_eval, "extract")
+    call(monkeypatch, finetune, "--method", "only-s1", "--epochs", 1, *options)
+    chosen, crops, other = probed[0][3], probed[0][1]["row"], probed[0][2]["row"]
+    trained, tested = trained[0][3], extracted[0][3]
+    patches = data.Patches(labelled)
+    usable = patches.rows_of("validation")
+    usable = usable[patches.labels[usable] != IGNORE]
+    assert set(chosen) == set(trained) == set(usable) and set(usable) <= set(crops)
+    assert set(other) == set(tested) == set(patches.rows_of("test"))
 
 
 def test_baselines(tmp_path, labelled, monkeypatch):
@@ -385,10 +439,10 @@ def test_baselines(tmp_path, labelled, monkeypatch):
     monkeypatch.setattr(linear_eval, "extract", lambda *args: calls.append(1) or extract(*args))
     for baseline in ("random", "bands"):
         call(monkeypatch, linear_eval, "--baseline", baseline, "--data", labelled, "--results",
-             tmp_path, "--crop", 32, "--seeds", 2, "--task", "single", "multi", "--scale", "fixed")
+             tmp_path, "--crop", 32, "--seeds", 2, "--scale", "fixed")
     lines = linear_eval.Results(tmp_path).read()
-    assert [line["baseline"] for line in lines] == ["random"] * 4 + ["bands"] * 4
-    assert lines[0]["average"] != lines[2]["average"]  # other weights with each seed
+    assert [line["baseline"] for line in lines] == ["random", "random", "bands", "bands"]
+    assert lines[0]["average"] != lines[1]["average"]  # other weights with each seed
     assert len(calls) == 2 * 2 + 2
 
 
@@ -398,12 +452,13 @@ def embeddings(monkeypatch, checkpoint, store, out, *options):
     return dict(np.load(out))
 
 
-def test_embeddings_do_not_depend_on_batches_and_threads(tmp_path, labelled, checkpoint, monkeypatch):
+def test_embeddings_do_not_depend_on_batches_and_threads(tmp_path, labelled, checkpoint,
+                                                        monkeypatch):
     one = embeddings(monkeypatch, checkpoint, labelled, tmp_path / "one.npz", "--batch-size", 7,
                      "--threads", 1)
     other = embeddings(monkeypatch, checkpoint, labelled, tmp_path / "other", "--threads", 3)
     held = embeddings(monkeypatch, checkpoint, labelled, tmp_path / "held", "--cache", "device")
-    patches = data.open_store(labelled)
+    patches = data.Patches(labelled)
     assert one["ids"].tolist() == patches.ids and one["simulated"]
     assert one["labels"].tolist() == patches.labels.tolist()
     assert one["classes"].tolist() == list(data.CLASSES)
@@ -433,7 +488,7 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, 
     torch.save({"state_dict": weights}, tmp_path / "released.pth")
     found = embeddings(monkeypatch, tmp_path / "released.pth", labelled, tmp_path / "out.npz",
                        "--crop", 32)
-    patches = data.open_store(labelled)
+    patches = data.Patches(labelled)
     s1, s2 = data.to_input(*crops_of(patches, 9, (0, 0, 8, 8), (0, 8, 0, 8)), "patch-max")
     with torch.no_grad():
         for sensor, net, x in (("s1", nets["1"], s1), ("s2", nets["2"], s2)):
@@ -479,7 +534,7 @@ def test_retrieval_as_a_picture(tmp_path, request, checkpoint, monkeypatch, caps
 def test_retrieval_needs_patches_that_pretraining_did_not_see(tmp_path, checkpoint, monkeypatch):
     simulate.simulate_sen12ms(tmp_path / "others", scenes=2, patches=2, size=40, seed=9)
     data.pack(tmp_path / "others", tmp_path / "store")
-    with pytest.raises(data.DataError, match="--retrieve needs patches that pretraining did not see"):
+    with pytest.raises(data.DataError, match="--retrieve needs patches that pretraining"):
         call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", tmp_path / "store",
              "--retrieve", tmp_path / "out.png")
 
@@ -487,12 +542,12 @@ def test_retrieval_needs_patches_that_pretraining_did_not_see(tmp_path, checkpoi
 @pytest.mark.parametrize("method", ["d-simclr", "mma", "simclr-rgb"])
 def test_bands_and_classes_of_ones_own(tmp_path, flood, monkeypatch, capsys, method):
     bands = ["B12", "B8", "B4"] if method == "simclr-rgb" else ["VH", "B12", "B8", "B4"]
-    patches = data.open_store(flood, bands)
+    patches = data.Patches(flood, bands)
     path = save_untrained(tmp_path / "last.pt", patches, method)
     common = ("--checkpoint", path, "--data", flood)
     evaluated = (*common, "--results", tmp_path, "--seeds", 1, "--task", "single", "multi")
     call(monkeypatch, linear_eval, *evaluated)
-    call(monkeypatch, finetune, *evaluated, "--epochs", 1, "--batch-size", 6)
+    call(monkeypatch, finetune, *evaluated, "--epochs", 1, "--batch-size", 12)
     lines = linear_eval.Results(tmp_path).read()
     assert len(lines) == 4
     for line in lines:
@@ -509,6 +564,23 @@ def test_bands_and_classes_of_ones_own(tmp_path, flood, monkeypatch, capsys, met
         capsys.readouterr()
         call(monkeypatch, linear_eval, *common, "--retrieve", tmp_path / "out.png")
         assert "8 held-out candidates" in capsys.readouterr().out
+
+
+def test_crops_have_their_own_labels_among_many_classes(tmp_path):
+    """The halves of each patch are of two of twelve classes, the crops of one."""
+    legend = {**FLOOD, "classes": {str(10 * c): f"class {c}" for c in range(12)}}
+    for c in range(12):
+        halves = np.repeat([10 * c, 10 * ((c + 1) % 12)], 8) * np.ones((1, 8, 1))
+        s2 = np.concatenate([halves] * 3)
+        write_pair(tmp_path / "tree/train", c, legend, halves - 200, s2, halves)
+    patches = data.pack(tmp_path / "tree", tmp_path / "store")
+    args = linear_eval.evaluation_parser("").parse_args(["--crop", "8"])
+    crops = linear_eval.extract(lambda s1, s2: s2.mean((2, 3)), {"scale": "fixed"}, patches,
+                                patches.rows, args)
+    codes = np.rint(crops["x"][:, 0] * 1e4).astype(int)  # the class is the reflectance
+    for task in ("single", "multi"):
+        np.testing.assert_array_equal(crops[task], np.eye(12)[codes // 10])
+    assert crops["row"].tolist() == np.repeat(patches.rows, 2).tolist() and len(codes) == 24
 
 
 @pytest.mark.parametrize("options, message", [
@@ -529,14 +601,14 @@ def test_what_a_checkpoint_is_not(tmp_path, labelled, checkpoint, monkeypatch, o
 @pytest.mark.parametrize("options, message", [
     (("--checkpoint", "{checkpoint}", "--data", "{pairs}"), "no class maps"),
     (("--checkpoint", "{checkpoint}", "--data", "{flood}"), "no band VV B1 .*B12.*B8.*B4"),
-    (("--baseline", "random", "--bands", "VV", "--data", "{flood}"), "no band VV; .*VH.*B12.*B8.*B4"),
+    (("--baseline", "random", "--bands", "VV", "--data", "{flood}"), "no band VV; .*VH.*B12"),
     (("--baseline", "random", "--method", "simclr-rgb", "--data", "{flood}"), "no band B3 B2"),
     (("--baseline", "random", "--bands", "VH", "--data", "{flood}"), "d-simclr needs bands of s2"),
     (("--baseline", "random", "--method", "only-s2", "--sensors", "s1"), "--sensors s1"),
     (("--data", "{checkpoint.parent}"), "pack"),
 ])
-def test_data_that_does_not_fit_is_one_line(tmp_path, labelled, pairs, flood, checkpoint, monkeypatch,
-                                            options, message):
+def test_data_that_does_not_fit_is_one_line(tmp_path, labelled, pairs, flood, checkpoint,
+                                            monkeypatch, options, message):
     filled = [option.format(checkpoint=checkpoint, pairs=pairs, flood=flood) for option in options]
     usual = () if "--checkpoint" in options else ("--baseline", "random", "--crop", 32)
     with pytest.raises(data.DataError, match=message) as raised:
@@ -544,7 +616,7 @@ def test_data_that_does_not_fit_is_one_line(tmp_path, labelled, pairs, flood, ch
     assert "\n" not in str(raised.value)
 
 
-def test_a_split_that_is_missing_and_a_checkpoint_that_is_not_there(tmp_path, labelled, monkeypatch):
+def test_a_split_and_a_checkpoint_that_are_not_there(tmp_path, labelled, monkeypatch):
     simulate.simulate_dfc2020(tmp_path / "tree", train=6, test=0, size=40)
     data.pack(tmp_path / "tree", tmp_path / "store")
     with pytest.raises(data.DataError, match="labelled patches of the splits .* it has 6 and 0"):

@@ -171,7 +171,7 @@ def test_training_lowers_the_loss_and_follows_the_schedule(reference):
 
 
 def test_what_is_held_out_is_not_trained_on(store, reference):
-    patches = data.open_store(store)
+    patches = data.Patches(store)
     args = SimpleNamespace(crop=16, batch_size=8, seed=0, epochs=2)
     for splits in (patches.splits, np.array(["spring"] * 48 + ["test"] * 16)):
         patches.splits = splits
@@ -181,7 +181,7 @@ def test_what_is_held_out_is_not_trained_on(store, reference):
         seen = [row for batch in pretrain.batches_from(0, rows, patches.size, args) for row in batch[0]]
         assert len(seen) == 96 and set(seen) == set(rows)  # in two epochs
     content, _ = contents(reference)
-    patches = data.open_store(store)
+    patches = data.Patches(store)
     rows, _ = data.split_scenes(patches, 0.25)
     assert content["stats"] == patches.stats(rows) != patches.stats(patches.rows)  # nor in the scaling
 
@@ -499,7 +499,7 @@ def test_nothing_is_saved_once_the_loss_is_not_finite(store, reference, tmp_path
     before = (out / "last.pt").read_bytes()
     code, text = finish(start([*MMA, "--data", store, "--log-every", 6], out, trouble=trouble))
     assert code == 2 and words in text and "Traceback" not in text
-    patches = data.open_store(store)
+    patches = data.Patches(store)
     args = SimpleNamespace(crop=16, batch_size=8, seed=0, epochs=3)
     batches = pretrain.batches_from(0, data.split_scenes(patches, 0.25)[0], patches.size, args)
     rows = list(batches)[int(words.split()[-1]) - 1][0]

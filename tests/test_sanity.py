@@ -31,7 +31,7 @@ def scores(parts, labels, chosen, task="single", seed=0, kind="linear"):
 def bands_of(labelled):
     """Band means and sd of the training and test crops of simulated patches, the labels of all
     patches, and the training rows."""
-    patches = data.open_store(labelled)
+    patches = data.Patches(labelled)
     return crops_of(patches, baseline="bands"), patches.labels, patches.rows_of("validation")
 
 
@@ -65,9 +65,9 @@ def test_the_label_as_a_band_scores_100(bands_of, task):
 def pretrain_seed(seed):
     """-> folder of a pretraining of D-SimCLR on simulated pairs."""
     out = folder() / f"sanity{seed}"
-    done = user("pretrain.py", "--data", training_pairs(), "--out", out, "--epochs", 2, "--batch-size", 16,
-                "--crop", 32, "--lr", 1e-3, "--constant-epochs", 1, "--scale", "fixed", "--holdout",
-                0.2, "--seed", seed)
+    done = user("pretrain.py", "--data", training_pairs(), "--out", out, "--epochs", 2,
+                "--batch-size", 16, "--crop", 32, "--lr", 1e-3, "--constant-epochs", 1, "--scale",
+                "fixed", "--holdout", 0.2, "--seed", seed)
     assert done.returncode == 0, done.stderr
     return out
 
