@@ -35,11 +35,11 @@ if [ -n "$sen12ms" ]; then
 else
   out=${out:-simulated} seeds=1 fractions="0.1" batch=64
   # Small crops, and higher learning rates than published, so that some hundred steps are enough.
-  scale=(--scale fixed)
-  common=(--batch-size "$batch" --lr 1e-3 --holdout 0.2 --eval-every 5 --threads 1)
-  d_simclr=("${common[@]}" --crop 32 --epochs 15 --constant-epochs 8)
-  mma=("${common[@]}" --crop 16 --epochs 15 --constant-epochs 8)
-  simclr_rgb=("${common[@]}" --crop 32 --epochs 10 --constant-epochs 5)
+  scale=(--scale standard)
+  common=(--batch-size "$batch" --holdout 0.2 --eval-every 5 --threads 1)
+  d_simclr=("${common[@]}" --crop 32 --lr 1e-3 --epochs 15 --constant-epochs 8)
+  mma=("${common[@]}" --crop 16 --lr 3e-4 --epochs 12 --constant-epochs 6)
+  simclr_rgb=("${common[@]}" --crop 32 --lr 1e-3 --epochs 10 --constant-epochs 5)
   probe=(--crop 32 --threads 1)
   finetune=("${probe[@]}" --epochs 12 --drop-epoch 9 --batch-size 32 --lr 1e-3 --classifier-lr 1e-2)
 fi
