@@ -66,7 +66,7 @@ def run(main, *errors):
     try:
         return main()
     except (DataError, OSError, *errors) as error:
-        line = str(error).strip().splitlines()[-1]
+        line = (str(error).strip() or type(error).__name__).splitlines()[-1]
     print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr)  # main's bars are gone here
     sys.exit(2)
 
@@ -165,8 +165,9 @@ def parse(path):
 
 
 def find_pairs(tree, limit=None):
-    """-> list of {"id", "split", "scene", "s1", "s2", "classes"}, the last three paths, and
-    {id: reason} of the patches that lack a file. limit: only so many, spread over the tree."""
+    """-> list of {"id", "split", "scene", "s1", "s2"} and, where there are labels, "classes", the
+    last three paths; {id: reason} of the patches that lack a file. limit: so many, spread over the
+    tree."""
     found, pairs, left_out = defaultdict(dict), [], {}
     files = glob.iglob("**/*.tif*", root_dir=tree, recursive=True)
     for path in tqdm(files, desc="looking for files", unit="file", delay=1):
@@ -186,8 +187,8 @@ def find_pairs(tree, limit=None):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and "
                         "ROIs1158_spring_s2_1_p30.tif, or s1/NAME.tif and s2/NAME.tif. "
                         + HOW_TO_GET)
-    if limit:
-        return pairs[::max(1, len(pairs) // limit)][:limit], {}
+    if limit and limit < len(pairs):
+        return [pairs[k * len(pairs) // limit] for k in range(limit)], {}
     return pairs, left_out
 
 
@@ -204,6 +205,9 @@ def read_legend(tree):
         if len(set(named)) < len(named):
             raise ValueError("a band or code stands twice")
         legend["classes"] = dict(legend["classes"])
+        names = [*legend["s1"], *(legend["s2"] or ()), *legend["classes"].values()]
+        if not legend["s1"] or not all(isinstance(name, str) for name in names):
+            raise ValueError("a name is no text, or s1 has no band")
         if len(legend) > 3 or not 2 <= len(set(legend["classes"].values())) < IGNORE:
             raise ValueError("another key, or not 2 to 254 classes")
     except (ValueError, TypeError) as error:
@@ -254,21 +258,21 @@ def read_patch(pair, plan):
 
 def make_plan(tree, pairs, s2_offset=None):
     """What a packing is to hold: the same at every start of it, and in the end in index.json."""
-    legend, root, count = read_legend(tree), Path(tree).resolve(), 0
-    for pair in pairs:  # the first that can be read decides
+    legend, root, shapes = read_legend(tree), Path(tree).resolve(), Counter()
+    for pair in pairs[::math.ceil(len(pairs) / 25)]:  # the most frequent of up to 25 decides
         with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(pair["s2"]) as tif:
-            count, size = tif.count, list(tif.shape)
-            break
+            shapes[tif.count, tif.shape] += 1
+    count, size = max(shapes, key=shapes.get, default=(0, ()))
     bands = legend["s2"] or (L2A_BANDS if count == len(L2A_BANDS) else S2_BANDS)
     if count != len(bands):
         raise DataError(f"{pairs[0]['s2']} and others: {count} readable bands, not {bands}: mend "
                         "them, or name theirs in legend.json")
     near = (root, *root.parents, *root.glob("*/"))
     return {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": bands},
-            "size": size, "classes": list(dict.fromkeys(legend["classes"].values())),
+            "size": list(size), "classes": list(dict.fromkeys(legend["classes"].values())),
             "codes": legend["classes"], "labelled": any("classes" in pair for pair in pairs),
             "s2_offset": s2_offset,
-            "simulated": any((folder / "SIMULATED").exists() for folder in near),
+            "simulated": any((folder / "SIMULATED").exists() for folder in near),  # simulate.py's
             "ids": [pair["id"] for pair in pairs],
             "splits": [pair["split"] for pair in pairs],
             "scenes": [pair["scene"] for pair in pairs]}
@@ -289,14 +293,13 @@ def layout(plan):
 
 def begin(store, plan, progress):
     """Make the arrays, all zero, with their place on the disk: a full one would kill whoever writes
-    to the map. `progress`, which becomes index.json, says so by the last character of its text."""
-    text = json.dumps(plan)[:-1] + ', "left_out": '
+    to the map. The open file `progress` holds the plan, and its newline once they are made."""
+    text = json.dumps(plan) + "\n"
     progress.seek(0)
     begun = progress.read()
-    if begun.startswith(text):
-        progress.truncate(len(text))  # a kill may have left some of the end
+    if begun == text:
         return
-    if not text.startswith(begun):
+    if not text.startswith(begun):  # a kill may have cut it off
         raise DataError(f"{store}: tree or options changed since this packing began: remove it")
     if not begun and len(os.listdir(store)) > 1:
         os.unlink(progress.name)
@@ -307,7 +310,8 @@ def begin(store, plan, progress):
             array = np.lib.format.open_memmap(store / name, "w+", dtype, shape)
             with open(store / name, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-        print(text[-1], end="", file=progress, flush=True)
+                os.fsync(file.fileno())
+        print(file=progress, flush=True)
     except OSError:
         for file in store.iterdir():
             file.unlink()
@@ -315,7 +319,8 @@ def begin(store, plan, progress):
 
 
 def fill(store, pairs, plan, left_out, threads, max_bad):
-    """Read, judge and write the pairs whose rows are not whole; adds the bad ones to left_out."""
+    """Read, judge and write the pairs whose rows are not whole; adds the bad ones to left_out.
+    -> number of patches with an S2 offset that was subtracted."""
     *images, records = [np.load(store / name, mmap_mode="r+") for name in layout(plan)]
     numbers, total = [*range(len(plan["classes"])), IGNORE], len(pairs) + len(left_out)
 
@@ -331,29 +336,29 @@ def fill(store, pairs, plan, left_out, threads, max_bad):
         records[row] = 0, offset, pixels[numbers], *statistics
         return row, None
 
-    rows = np.flatnonzero(records["state"] == 0)
-    packed = ahead(pack_row, rows, threads, SETTLE)
-    packed = iter(tqdm(packed, "packing", len(rows), unit="patch"))
-    some = True
-    while some:  # the last time around flushes the last states
-        some = list(itertools.islice(packed, SETTLE))
-        for name in layout(plan):  # rows before states: a power cut leaves no state without its row
-            with open(store / name) as file:
-                os.fsync(file.fileno())  # unlike a map's flush() it lets the threads read on
-        for row, reason in some:
-            records["state"][row] = reason is None
-            if reason:
-                left_out[pairs[row]["id"]] = reason
-        if len(left_out) > min(max_bad * total, total - 1):
-            bad = [f"{patch} ({reason})" for patch, reason in left_out.items()]
-            raise DataError(f"{store}: {len(bad)} of {total} patches cannot be used, --max-bad "
-                            f"allows {max_bad:.1%}: {'; '.join(bad[:5])}. Mend them and start "
-                            "again, or allow more")
+    rows, some = np.flatnonzero(records["state"] == 0), True
+    with contextlib.closing(ahead(pack_row, rows, threads, SETTLE)) as results:
+        packed = iter(tqdm(results, "packing", len(rows), unit="patch"))
+        while some:  # the last time around flushes the last states
+            some = list(itertools.islice(packed, SETTLE))
+            for name in layout(plan):  # rows before states: a power cut leaves no state alone
+                with open(store / name) as file:
+                    os.fsync(file.fileno())  # unlike a map's flush() it lets the threads read on
+            for row, reason in some:
+                records["state"][row] = reason is None
+                if reason:
+                    left_out[pairs[row]["id"]] = reason
+            if len(left_out) > min(max_bad * total, total - 1):
+                bad = [f"{patch} ({reason})" for patch, reason in left_out.items()]
+                raise DataError(f"{store}: {len(bad)} of {total} patches cannot be used, --max-bad "
+                                f"allows {max_bad:.1%}: {'; '.join(bad[:5])}. Mend them and start "
+                                "again, or allow more")
+    return int(np.count_nonzero(records["offset"]))
 
 
 def ahead(function, items, threads=None, depth=2):
-    """Yield function(item) in the order of the items, computed by threads, which run at most
-    `depth` results ahead. threads: None for one per core of this process of torchrun, at most 8."""
+    """Yield function(item) in the order of the items, computed by threads, of which at most `depth`
+    results wait. threads: None for one per core (of each process of torchrun), at most 8."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = threads or max(1, min(cores, 8))
     pool, running = ThreadPoolExecutor(threads), deque()
@@ -376,14 +381,18 @@ def pack(tree, store, threads=None, limit=None, max_bad=0.01, s2_offset=None):
     plan = make_plan(tree, pairs, s2_offset)
     try:
         store.mkdir(parents=True, exist_ok=True)
-        if not (store / "index.json").exists():
-            with open(store / "packing.json", "a+") as progress:
+        packing, index = store / "packing.json", store / "index.json"
+        if packing.exists() or not index.exists():
+            with open(packing, "a+") as progress:
                 fcntl.flock(progress, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
                 begin(store, plan, progress)
-                fill(store, pairs, plan, left_out, threads, max_bad)
-                print(json.dumps(left_out), end="}", file=progress, flush=True)
-                os.fsync(progress.fileno())
-                os.replace(progress.name, store / "index.json")
+                offsets = fill(store, pairs, plan, left_out, threads, max_bad)
+                with open(store / "index.part", "w") as part:
+                    json.dump({**plan, "s2_offsets": offsets, "left_out": left_out}, part)
+                    part.flush()
+                    os.fsync(part.fileno())
+                os.replace(part.name, index)
+                packing.unlink(missing_ok=True)
     except BlockingIOError:
         raise DataError(f"{store}: another packing is writing it: wait for it") from None
     except OSError as error:
@@ -418,21 +427,28 @@ class Patches:
                 raise ValueError("an array is not that of index.json, or "
                                  f"format {self.index['format']}, this version has {STORE_FORMAT}")
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-            raise DataError(f"{path}: not a store, not finished, or cannot be read ({error}): "
-                            f"`python data.py pack {path} STORE` makes one of a folder of "
-                            f"GeoTIFFs, or goes on with it. {HOW_TO_GET}") from None
-        vars(self).update(self.index)  # ids, splits, scenes, size, classes, labelled, simulated
+            text = f"cannot be read ({error}): copy it again, or pack again"
+            if not Path(path, "index.json").exists():
+                text = (f"not a store: `python data.py pack {path} STORE` makes one of a folder of "
+                        f"GeoTIFFs. {HOW_TO_GET}")
+            if Path(path, "packing.json").exists():
+                text = f"its packing is not finished: start `python data.py pack TREE {path}` again"
+            raise DataError(f"{path}: {text}") from None
+        self.ids, self.scenes, self.classes, self.left_out = (
+            self.index[key] for key in ("ids", "scenes", "classes", "left_out"))
+        self.size, self.labelled, self.simulated = (
+            self.index[key] for key in ("size", "labelled", "simulated"))
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
-        self.files = [os.open(array.filename, os.O_RDONLY) for array in maps]
-        self.path, self.splits = str(path), np.array(self.splits)
+        self.files = [open(array.filename, "rb") for array in maps]  # noqa: SIM115
+        self.path, self.splits = str(path), np.array(self.index["splits"])
         self.rows = np.flatnonzero(self.records["state"])
         large = sum(array.nbytes for array in maps) > memory_limit()
-        self.cold = math.inf if large else len(self.rows)  # crops yet to ask the disk for
+        self.cold = math.inf if large else len(self.rows)  # patches yet to ask the disk for
         label = self.records["pixels"].argmax(1)
         label[(label == len(self.classes)) | (self.records["state"] == 0)] = IGNORE
         self.labels = label if self.labelled else None
-        self.select(bands or self.bands["s1"] + self.bands["s2"])
+        self.select(bands or self.index["bands"]["s1"] + self.index["bands"]["s2"])
 
     def select(self, bands):
         """Read only these bands; DataError for one that is not there. -> self"""
@@ -460,11 +476,11 @@ class Patches:
         """Mean and standard deviation of each selected band over all pixels of some rows, as for
         to_input: {"s1": {"mean", "std"}, "s2": ...}, S1 in dB, S2 reflectance x 10,000."""
         mean, variance = self.records["mean"][rows], self.records["variance"][rows]
-        std, first, stats = np.sqrt(variance.mean(0) + mean.var(0)), 0, {}
-        for sensor, pick in zip(self.bands, self.picks):
-            at = [first + k for k in pick]
+        std, stats = np.sqrt(variance.mean(0) + mean.var(0)), {}
+        every = self.index["bands"]["s1"] + self.index["bands"]["s2"]
+        for sensor, bands in self.bands.items():
+            at = [every.index(band) for band in bands]
             stats[sensor] = {"mean": mean.mean(0)[at].tolist(), "std": std[at].tolist()}
-            first = len(self.index["bands"]["s1"])  # S2's bands follow in the records
         return stats
 
     def cut(self, rows, tops, lefts, crops):
@@ -476,7 +492,7 @@ class Patches:
             pick = slice(None) if pick == list(range(array.shape[1])) else pick
             for crop, row, top, left in zip(tensor.numpy(), rows, tops, lefts):
                 crop[:] = array[row][pick, top:top + size, left:left + size]
-        self.cold -= len(rows)
+        self.cold -= len(set(rows.tolist()))
 
     def hold(self, device):
         """Keep the selected bands on the device, where a batch is one operation. -> self"""
@@ -490,19 +506,23 @@ class Patches:
 def read_ahead(file, array, places, pick, size):
     """Ask the system for all that a batch needs, (row, top) of its crops, at once: page by page a
     disk is slow, and the system's own guess reads too much."""
-    header, (of_row, of_band, of_line, _) = os.fstat(file).st_size - array.nbytes, array.strides
+    header = os.fstat(file.fileno()).st_size - array.nbytes
+    of_row, of_band, of_line, _ = array.strides
     for (row, top), band in itertools.product(places, pick):
         start = header + row * of_row + band * of_band + top * of_line
-        os.posix_fadvise(file, start, size * of_line, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(file.fileno(), start, size * of_line, os.POSIX_FADV_WILLNEED)
 
 
 def memory_limit():
-    """Bytes that this process may use: of the machine, or of its container or job (cgroup)."""
+    """Bytes that this process may use: of the machine, or of its container or job (cgroups)."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    group = Path("/proc/self/cgroup").read_text().rpartition(":")[2].strip("/\n")
-    for name in (f"{group}/memory.max", "memory.max", "memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, kinds, group = line.split(":", 2)
+        folder = Path(f"/sys/fs/cgroup/{'memory' * ('memory' in kinds)}/{group}")
+        for above in (folder, *folder.parents):  # the limit of a job stands above the leaf
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+                    limits.append(int((above / name).read_text()))
     return min(limits)
 
 
@@ -650,7 +670,7 @@ def check(patches):
     for band in zip(bands, records["lowest"].min(0), records["highest"].max(0),
                     records["mean"].mean(0)):
         print("{:<6}{:>10.2f}{:>10.2f}{:>10.2f}".format(*band))
-    print(f"S2 offset subtracted (baseline 04.00 and later): {np.count_nonzero(records['offset'])}")
+    print(f"S2 offset subtracted (baseline 04.00 and later): {patches.index['s2_offsets']}")
     print(f"left out: {len(patches.left_out)}")
     for patch in patches.left_out.items():
         print("  " + ": ".join(patch))

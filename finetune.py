@@ -320,4 +320,4 @@ def main():
 
 
 if __name__ == "__main__":
-    data.run(main, models.CheckpointError)
+    data.run(main, models.CheckpointError, torch.OutOfMemoryError)

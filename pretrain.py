@@ -53,7 +53,7 @@ def arguments():
     # What the published study does not have.
     add("--bands", nargs="+", metavar="BAND", help="default all; B4 B3 B2 for simclr-rgb")
     add("--seed", type=int, default=0)
-    add("--holdout", type=float, default=0.02, help="share of scenes for retrieval (default 0.02)")
+    add("--holdout", type=float, default=0.02, help="share of scenes, if no split is `test` (default 0.02)")
     add("--eval-every", type=data.positive, default=10, help="epochs, of retrieval (default 10)")
     add("--micro-batch", type=data.positive, help="pairs per forward pass: less memory")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
@@ -66,8 +66,8 @@ def arguments():
     args.out = Path(args.out or f"runs/{args.method}")
     if args.temperature is None:
         args.temperature = 0.1 if args.method == "mma" else 0.07
-    if not (args.temperature > 0 and 0 <= args.holdout < 1 and args.lr >= 0):
-        parser.error("--temperature is above 0, --holdout a share below 1, --lr not negative")
+    if not (args.temperature > 0 and 0 <= args.holdout < 1 and args.lr >= 0 and args.seed >= 0):
+        parser.error("--temperature is above 0, --holdout below 1, --lr and --seed not negative")
     return args
 
 
@@ -264,7 +264,7 @@ def refuse_not_finite(recent, losses, model, patches, args):
         what = f"loss {losses[bad[0]]}" if bad else "weights not finite"
         raise models.CheckpointError(
             f"{what} at step {step}; the checkpoints in {args.out} are from before it. Try a lower "
-            f"--lr or --precision float32. The batch: {ids}")
+            f"--lr or --precision float32. This process's batch: {ids}")
 
 
 @torch.no_grad()
@@ -334,7 +334,7 @@ def make_model(args, bands, device, world):
     network = torch.compile(model) if args.compile else model
     if world > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
-        network.broadcast_buffers = False  # batch norm's are alike, or no use to the others
+        network.broadcast_buffers = False  # as an argument it is deprecated from torch 2.14 on
     optimizer = torch.optim.Adam(
         model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
     return model, network, optimizer
@@ -493,7 +493,8 @@ def main():
     try:
         train(args)
     except torch.OutOfMemoryError:
-        raise data.DataError(f"{args.device}: out of memory: choose a --micro-batch") from None
+        mend = "leave --cache out, or " * bool(args.cache) + "choose a smaller --micro-batch"
+        raise data.DataError(f"{args.device}: out of memory: {mend}") from None
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ else
   mma=("${common[@]}" --crop 16 --lr 3e-4 --epochs 12 --constant-epochs 6)
   simclr_rgb=("${common[@]}" --crop 32 --lr 1e-3 --epochs 10 --constant-epochs 5)
   probe=(--crop 32 --threads 1)
-  finetune=("${probe[@]}" --epochs 12 --drop-epoch 9 --batch-size 32 --lr 1e-3 --classifier-lr 1e-2)
+  finetune=("${probe[@]}" --epochs 8 --drop-epoch 6 --batch-size 32 --lr 1e-3 --classifier-lr 1e-2)
 fi
 mkdir -p "$out"
 

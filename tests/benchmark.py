@@ -85,7 +85,7 @@ def sparse_store(folder, count=180_662, size=256):
     folder.mkdir()
     plan = {"format": data.STORE_FORMAT, "bands": {"s1": data.S1_BANDS, "s2": data.S2_BANDS},
             "size": [size, size], "classes": data.CLASSES, "codes": data.DFC_CODES, "labelled": False,
-            "simulated": True, "s2_offset": None, "splits": ["spring"] * count,
+            "simulated": True, "s2_offset": None, "s2_offsets": 0, "splits": ["spring"] * count,
             "ids": [f"ROIs1158_spring_{k // 700}_p{k % 700}" for k in range(count)],
             "scenes": [f"ROIs1158_spring_{k // 700}" for k in range(count)]}
     for name, (dtype, shape) in data.layout(plan).items():
@@ -108,7 +108,7 @@ def best_rates(functions, items, rounds=25):
 
 
 def window_crops(pairs, batch, side):
-    """What --data TREE would cost: each crop read from its two GeoTIFFs."""
+    """Each crop read from its two GeoTIFFs, as without a store."""
     for row, top, left in zip(*batch):
         window = rasterio.windows.Window(left, top, side, side)
         for sensor in ("s1", "s2"):
@@ -156,7 +156,8 @@ def script_beside_bare_step(store, batch, device):
     """Pairs/s of pretrain.py, reading beside its steps, and of the bare step, in turn three times."""
     step, _ = bare_step(device, batch, "auto", torch.channels_last)
     rates = [(script_speed(store, batch, 3, device)[0], batch / seconds(step, 5)) for _ in range(3)]
-    return max(rates, key=lambda pair: pair[0] / pair[1]), [f"{a / b:.2f}" for a, b in rates]
+    rates.sort(key=lambda pair: pair[0] / pair[1])
+    return rates[1], [f"{a / b:.2f}" for a, b in rates]  # the middle one
 
 
 def data_path():

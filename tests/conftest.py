@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import data
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits and processes are compared on the CPU
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bits and processes are compared on the CPU
 BACKGROUND = ThreadPoolExecutor(1)
 CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once for all that tests start
 CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot",

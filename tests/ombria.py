@@ -40,28 +40,24 @@ def write(path, array):
 def find_places(clone, regions):
     """-> (list of {"scene", "name", "test", "before", "after": (S1, S2) paths, "mask"}, what is missing).
     regions: {name: scene} of the 694 places that have no country, or {}."""
-    places, missing = [], [GUYANA]
+    parts = []  # name, folders of S1 and S2, file names, whether other countries and events
     for part in ("train", "test"):  # OMBRIA's own split, whose patches abut
-        radar, optical = clone / "OmbriaS1" / part, clone / "OmbriaS2" / part
-        found = sorted((radar / "BEFORE").glob("S1_before_*.png"))
-        for name in (path.stem.rpartition("_")[2] for path in found):
-            dates = {date: (radar / date.upper() / f"S1_{date}_{name}.png",
-                            optical / date.upper() / f"S2_{date}_{name}.png")
-                     for date in ("before", "after")}
-            places.append({"scene": regions.get(name, "OMBRIA"), "name": name, "test": False, **dates,
-                           "mask": radar / "MASK" / f"S1_mask_{name}.png"})
-        missing += [] if found else [f"OmbriaS1/{part}: not there"]
+        parts.append((f"OmbriaS1/{part}", clone / "OmbriaS1" / part, clone / "OmbriaS2" / part,
+                      "S1_{}_{}.png", "S2_{}_{}.png", "S1_mask_{}.png", None))
     for country in ("ALBANIA", "FRANCE", "TIMOR"):
         folder = clone / "2021" / country
-        radar, optical = folder / "Sentinel1", folder / "Sentinel2"
-        found = sorted((radar / "BEFORE").glob("imbefore_*.png"))
-        for number in (path.stem.rpartition("_")[2] for path in found):
-            dates = {date: (radar / date.upper() / f"im{date}_{number}.png",
-                            optical / date.upper() / f"im{date}_{number}.png")
+        parts.append((f"2021/{country}", folder / "Sentinel1", folder / "Sentinel2",
+                      "im{}_{}.png", "im{}_{}.png", "gt_{}.png", country))
+    places, missing = [], [GUYANA]
+    for part, radar, optical, s1_name, s2_name, mask, country in parts:
+        found = sorted((radar / "BEFORE").glob(s1_name.format("before", "*")))
+        missing += [] if found else [f"{part}: not there"]
+        for name in (path.stem.rpartition("_")[2] for path in found):
+            dates = {date: (radar / date.upper() / s1_name.format(date, name),
+                            optical / date.upper() / s2_name.format(date, name))
                      for date in ("before", "after")}
-            places.append({"scene": country, "name": number, "test": True, **dates,
-                           "mask": radar / "MASK" / f"gt_{number}.png"})
-        missing += [] if found else [f"2021/{country}: not there"]
+            places.append({"scene": country or regions.get(name, "OMBRIA"), "name": name, **dates,
+                           "test": bool(country), "mask": radar / "MASK" / mask.format(name)})
     return places, missing
 
 
@@ -72,7 +68,10 @@ def convert(place, date, split, out, suffix="", mask=False):
     for file in files:
         if not file.exists():
             return f"{file}: not there"
-    radar, optical, *flood = map(read, files)
+    try:
+        radar, optical, *flood = map(read, files)
+    except rasterio.errors.RasterioError as error:
+        return f"{place['name']} {date}: {error}"
     images = {"s1": radar[:1] * np.float32(25 / 255) - 25, "s2": optical[:3] * np.uint16(39)}
     if mask:
         images["classes"] = np.where(flood[0][:1] > 127, 2, 1).astype(np.uint8)
