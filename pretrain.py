@@ -53,7 +53,7 @@ def arguments():
     # What the published study does not have.
     add("--bands", nargs="+", metavar="BAND", help="default all; B4 B3 B2 for simclr-rgb")
     add("--seed", type=int, default=0)
-    add("--holdout", type=float, default=0.02, help="share of scenes, if no split is `test` (default 0.02)")
+    add("--holdout", type=float, default=0.02, help="share of scenes, where no split is `test`")
     add("--eval-every", type=data.positive, default=10, help="epochs, of retrieval (default 10)")
     add("--micro-batch", type=data.positive, help="pairs per forward pass: less memory")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
@@ -493,8 +493,7 @@ def main():
     try:
         train(args)
     except torch.OutOfMemoryError:
-        mend = "leave --cache out, or " * bool(args.cache) + "choose a smaller --micro-batch"
-        raise data.DataError(f"{args.device}: out of memory: {mend}") from None
+        raise data.DataError("out of memory: choose a --micro-batch, and no --cache") from None
 
 
 if __name__ == "__main__":
