@@ -452,7 +452,7 @@ class Patches:
 
     def select(self, bands):
         """Read only these bands; DataError for one that is not there. -> self"""
-        self.bands, self.picks, self.held = {}, [], None
+        self.bands, self.picks, self.cached = {}, [], None
         every = self.index["bands"]
         for sensor, there in every.items():
             self.bands[sensor] = [band for band in bands if band in there]
@@ -496,10 +496,10 @@ class Patches:
 
     def hold(self, device):
         """Keep the selected bands on the device, where a batch is one operation. -> self"""
-        self.held = []
+        self.cached = []
         for array, pick in zip(self.arrays, self.picks):
             signed = array[:, pick].view(f"i{array.itemsize}")  # torch lacks unsigned ones
-            self.held.append(torch.from_numpy(signed).to(device))
+            self.cached.append(torch.from_numpy(signed).to(device))
         return self
 
 
@@ -595,14 +595,14 @@ def loader(patches, batches, crop, device="cpu", threads=None, classes=False):
             crops = [tensor.to(device, non_blocking=True) for tensor in crops]
         return batch[0], crops, stream and stream.record_event()
 
-    def cut_held(batch):
+    def cut_cached(batch):
         at = torch.from_numpy(np.stack(batch))
         rows, tops, lefts = (at.pin_memory() if stream else at).to(device, non_blocking=True)
-        places = [tensor.unfold(2, crop, 1).unfold(3, crop, 1) for tensor in patches.held]
-        crops = [place[rows, :, tops, lefts].view(kind) for place, kind in zip(places, kinds)]
+        windows = [tensor.unfold(2, crop, 1).unfold(3, crop, 1) for tensor in patches.cached]
+        crops = [window[rows, :, tops, lefts].view(kind) for window, kind in zip(windows, kinds)]
         return batch[0], crops, None
 
-    cuts = map(cut_held, batches) if patches.held else ahead(cut, batches, threads)
+    cuts = map(cut_cached, batches) if patches.cached else ahead(cut, batches, threads)
     for rows, crops, copied in cuts:
         if copied:
             computing = torch.cuda.current_stream(device)
