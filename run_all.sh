@@ -48,13 +48,15 @@ mkdir -p "$out"
 jobs=()
 queue() { jobs+=("$(printf '%q ' "$@")"); }
 run_jobs() {
-  local pids=() slot pid
+  local pids=() slot pid claims
+  claims=$(mktemp -d)  # a folder for each job that a slot has taken
   set -m  # each slot is a process group, so that a failure or Ctrl-C can end it whole
   for ((slot = 0; slot < slots; slot++)); do
     (
       set +m
       [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=${visible[slot]}
-      for ((i = slot; i < ${#jobs[@]}; i += slots)); do
+      for ((i = 0; i < ${#jobs[@]}; i++)); do
+        mkdir "$claims/$i" 2> /dev/null || continue
         echo "+ ${jobs[i]}"
         if [ "$slots" -eq 1 ]; then eval "${jobs[i]}"  # the progress bars of several at a time go to files
         else eval "${jobs[i]}" 2> "$out/job-$i.log" || { tail -n 3 "$out/job-$i.log" >&2; exit 1; }; fi
@@ -66,6 +68,7 @@ run_jobs() {
   trap 'for pid in "${pids[@]}"; do kill -TERM -- -"$pid" 2> /dev/null || true; done' EXIT
   for pid in "${pids[@]}"; do wait "$pid"; done
   trap - EXIT
+  rm -rf "$claims"
   jobs=()
 }
 
