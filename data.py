@@ -49,8 +49,8 @@ MISSING = -32768  # in S1 as integers
 SCALES = ("patch-max", "fixed", "standard")
 STORE_FORMAT = 2
 STATISTICS = {"mean": np.mean, "variance": np.var, "lowest": np.min, "highest": np.max}
-HOW_TO_GET = ("SEN12MS: mediaTUM, doi 10.14459/2019mp1474000, see README; `python tests/simulate.py "
-              "OUT` makes simulated data")
+HOW_TO_GET = ("SEN12MS: mediaTUM, doi 10.14459/2019mp1474000, see README; "
+              "`python tests/simulate.py OUT` makes simulated data")
 SETTLE = 64  # patches between two flushes of a packing
 ROI_FILE = re.compile(r".*/(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.tif")
 PLAIN_FILE = re.compile(

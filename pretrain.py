@@ -264,7 +264,7 @@ def refuse_not_finite(recent, losses, model, patches, args):
         what = f"loss {losses[bad[0]]}" if bad else "weights not finite"
         raise models.CheckpointError(
             f"{what} at step {step}; the checkpoints in {args.out} are from before it. Try a lower "
-            f"--lr or --precision float32. This process's batch: {ids}")
+            f"--lr or --precision float32. The batch: {ids}")
 
 
 @torch.no_grad()
