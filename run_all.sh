@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole experiment: three pretrainings, seven rows, two tasks, label fractions, linear probes, tables and figure.
 #
-#   bash run_all.sh                                 simulated data, every stage small: within 10 minutes on 2 cores
+#   bash run_all.sh                                 simulated data, every stage small: some 10 minutes on 2 cores
 #   bash run_all.sh --sen12ms DIR --dfc2020 DIR     the published sizes and five seeds, on all GPUs of the machine
 #
 # DIR is a folder of GeoTIFFs or a store of data.py pack. --out DIR is where everything goes (default: simulated/,
