@@ -626,31 +626,39 @@ def composite(s2, bands):
     return np.clip(picture / white, 0, 1), title
 
 
-def new_figure(rows, columns, **kwargs):
+def new_figure(rows, columns, figsize, **kwargs):
     """-> matplotlib figure and (rows, columns) axes, to be saved to a file."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    return plt.subplots(rows, columns, squeeze=False, layout="constrained", **kwargs)
+    from matplotlib.figure import Figure
+    figure = Figure(figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
+
+
+def class_colours(names):
+    """-> matplotlib colormap with a colour for each of these classes."""
+    from matplotlib import colormaps, colors
+    colours = colors.ListedColormap(COLOURS) if names == CLASSES else colormaps["turbo"]
+    return colours.resampled(len(names))
+
+
+def draw_classes(figure, axis, classes, names):
+    """Picture of (h, w) classes, 255 for none, and its legend."""
+    last = len(names) - 0.5
+    image = axis.imshow(np.ma.masked_equal(classes, IGNORE), class_colours(names), vmin=-0.5,
+                        vmax=last, interpolation="nearest")
+    figure.colorbar(image, ticks=range(len(names))).set_ticklabels(names)
 
 
 def show(patches, out, count):
     """Picture of pairs spread over a store: Sentinel-2, Sentinel-1 and, if there are, classes."""
-    from matplotlib import colormaps
-    from matplotlib.colors import ListedColormap
     rows = patches.rows[::math.ceil(len(patches.rows) / count)]
     s1, s2, *maps = (np.concatenate(array[rows], 2) for array in patches.arrays)  # side by side
     picture, title = composite(s2, patches.bands["s2"])
-    names, lines = patches.classes, 2 + len(maps)
+    lines = 2 + len(maps)
     figure, axes = new_figure(lines, 1, figsize=(2 * len(rows) + 1, 2 * lines + 1))
     axes[0, 0].imshow(picture)
     axes[1, 0].imshow(s1[0], cmap="gray", vmin=-2500, vmax=0)
     for classes in maps:
-        known = np.ma.masked_equal(classes[0], IGNORE)
-        colours = ListedColormap(COLOURS) if names == CLASSES else colormaps["turbo"]
-        image = axes[2, 0].imshow(known, colours.resampled(len(names)), vmin=-0.5,
-                                  vmax=len(names) - 0.5, interpolation="nearest")
-        figure.colorbar(image, ticks=range(len(names))).set_ticklabels(names)
+        draw_classes(figure, axes[2, 0], classes[0], patches.classes)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
     figure.suptitle(f"{'SIMULATED ' * patches.simulated}Sentinel-2 {title}, Sentinel-1, classes")

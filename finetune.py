@@ -3,6 +3,9 @@
     python finetune.py --method late-fusion --data STORE --task single multi
     python finetune.py --checkpoint runs/d-simclr/last.pt --data STORE --label-fraction 0.1
     python finetune.py --report results      # tables.md and label_fraction.png, beside the poster's
+    python finetune.py --method late-fusion --data STORE --save DIR       # keep what was trained
+    python finetune.py --map OUT.tif --classifier DIR/late-fusion_single_1_seed0.pt \
+        --s1 S1.tif --s2 S2.tif              # classes of a whole scene; and OUT.png
 
 Every layer is trained, on random crops of the split `validation`, its patches repeated to balance
 the classes; the last epoch is tested on crops that cover each patch of the split `test`. A finished
@@ -18,8 +21,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import rasterio
 import torch
 import torch.nn.functional as F
+from rasterio.windows import Window
 from tqdm import tqdm
 
 import data
@@ -42,6 +47,8 @@ POSTER_FRACTIONS = {"mma": (47.5, 59.7, 64.2, 69.0), "d-simclr": (36.5, 65.3, 68
                     "late-fusion": (39.8, 50.0, 61.7, 62.0)}
 MARKERS = {"mma": ("o", "#c0392b"), "d-simclr": ("s", "#2b6cb0"),
            "early-fusion": ("^", "#1b7837"), "late-fusion": ("v", "#e08214")}
+KNOWN_BANDS = {"s1": [data.S1_BANDS], "s2": [data.S2_BANDS, data.L2A_BANDS]}
+STRIP = 256  # px of a map that are made at a time
 HEADINGS = {"single": ("Single-label classification, accuracy", "OA"),
             "multi": ("Multi-label classification, F1", "O-F1")}
 
@@ -121,7 +128,9 @@ def evaluate(args, content):
     for task, fraction, seed in itertools.product(args.task, args.label_fraction,
                                                   range(args.seeds)):
         key = {**fixed, "task": task, "label_fraction": fraction, "seed": seed}
-        if results.has(key):
+        saved = args.save and args.save / f"{args.method}_{task}_{fraction:g}_seed{seed}.pt"
+        kept = not saved or is_saved(saved, key)
+        if results.has(key) and kept:
             continue
         start = time.perf_counter()
         name = f"{args.method} {task} {fraction:.0%} seed {seed}"
@@ -133,7 +142,22 @@ def evaluate(args, content):
         scores = linear_eval.score(task, crops[task][has], crops["x"][has])
         counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen),
                   "test_crops": int(has.sum())}
+        if saved:
+            shown = {name: float(scores[name]) for name in ("average", "overall")}
+            models.save_checkpoint(
+                saved, model, method=args.method, arch=args.arch, bands=patches.bands, **scaling,
+                classes=patches.classes, simulated=patches.simulated, task=task, crop=args.crop,
+                args=key["args"], run=key, scores=[shown])
         results.add(key, scores, counts=counts, seconds=round(time.perf_counter() - start, 1))
+
+
+def is_saved(path, key):
+    """Whether a file is the classifier of this run; DataError where it is that of another."""
+    if not path.exists():
+        return False
+    if models.load_checkpoint(path).get("run") != key:
+        raise data.DataError(f"{path}: a classifier of other settings: choose another --save")
+    return True
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -299,10 +323,187 @@ def report(folder):
     print(f"wrote tables.md{' and label_fraction.png' * bool(panels)} in {folder}")
 
 
+# --------------------------------------------------------------------------------------------- maps
+
+def open_scene(args, content):
+    """-> {sensor: (path, names of its bands)} of the rasters that a classifier looks at, and one of
+    them, open, for its grid. DataError where bands are lacking or the grids differ."""
+    scene, grids = {}, []
+    for sensor in "+".join(models.METHODS[content["method"]]["inputs"]).split("+"):
+        path, needed = getattr(args, sensor), content["bands"][sensor]
+        if not path:
+            raise data.DataError(f"--{sensor}: {args.classifier} needs a GeoTIFF of {needed}")
+        raster = rasterio.open(path)
+        for names in (raster.descriptions, needed, *KNOWN_BANDS[sensor]):
+            if len(names) == raster.count and {*needed} <= {*names}:
+                scene.setdefault(sensor, (path, list(names)))
+        if sensor not in scene:
+            raise data.DataError(f"{path}: {raster.count} bands, named {raster.descriptions}; "
+                                 f"{args.classifier} needs {needed}: name them in the file")
+        corner = [round(number, 6) for number in raster.transform[:6]]
+        grids.append([str(raster.crs), corner, f"{raster.width} x {raster.height} px"])
+    if grids[0] != grids[-1]:
+        differ = [f"{one} and {other}" for one, other in zip(*grids) if one != other]
+        left, bottom, right, top = raster.bounds
+        raise data.DataError(
+            f"{args.s1}, {args.s2}: not on one grid: {'; '.join(differ)}. Warp: gdalwarp -t_srs "
+            f"{raster.crs} -te {left} {bottom} {right} {top} -ts {raster.width} {raster.height} "
+            f"-r bilinear {args.s1} WARPED.tif")
+    return scene, raster
+
+
+def windows(length, crop, step):
+    """Starts of windows that cover so many px, and the bounds between the px that are each one's:
+    the `step` in its middle, at both ends all up to the edge."""
+    starts = [*range(0, length - crop, step), length - crop]
+    middles = [step * k + (crop - step) // 2 for k in range(1, len(starts))]
+    return starts, [0, *middles, length]
+
+
+def read_rows(scene, content, rows):
+    """A window of a scene -> {sensor: (c, h, w) float32, NaN where there is no data, 0 if the
+    classifier does not look at it}; (h, w) bool: a sensor has none there, which is NaN, the
+    raster's nodata value, or 0 in all bands."""
+    images, missing = {}, np.zeros((rows.height, rows.width), bool)
+    for sensor, bands in content["bands"].items():
+        images[sensor] = image = np.zeros((len(bands), *missing.shape), np.float32)
+        if sensor in scene:
+            path, names = scene[sensor]
+            numbers = [names.index(band) + 1 for band in bands]
+            with rasterio.open(path) as raster:
+                pixels = raster.read(numbers, window=rows, masked=True)
+            image[:] = pixels.filled(0)
+            empty = pixels.mask.any(0) | ~np.isfinite(image).all(0) | ~image.any(0)
+            image[:, empty] = np.nan
+            missing |= empty
+            if sensor == "s1" and np.nanmin(image, initial=0.1) > 0 and not empty.all():
+                raise data.DataError(f"{path}: never below 0, so not in dB: 10 log10 of power is")
+    return images, missing
+
+
+def offset_of(scene):
+    """What to subtract from a scene's S2: by its cirrus band, as packing does with a patch."""
+    path, names = scene.get("s2", (None, ()))
+    if "B10" in names:
+        with rasterio.open(path) as raster:
+            cirrus = raster.read(names.index("B10") + 1)
+        if cirrus.any() and cirrus[cirrus > 0].min() >= 1000:
+            print(f"{path}: B10 is never below 1,000, so of processing baseline 04.00 or later: "
+                  "1,000 is subtracted (--s2-offset 0 switches that off)")
+            return 1000
+    return 0
+
+
+@torch.no_grad()
+def classify(model, images, places, content, scaling, args):
+    """Windows of images {sensor: (c, h, w)} at places (top, left) -> (N, bands of the map) uint8:
+    the class, or of several labels the probability of each in percent."""
+    crop, logits = content["crop"], []
+    images = [torch.from_numpy(images[sensor]).to(args.device) for sensor in ("s1", "s2")]
+    for k in range(0, len(places), args.batch_size):
+        crops = []
+        for image in images:
+            cut = [image[:, y:y + crop, x:x + crop] for y, x in places[k:k + args.batch_size]]
+            crops.append(torch.stack(cut))
+        inputs = data.to_input(*crops, **scaling, s2_offset=args.s2_offset)
+        with models.autocast(args.precision, args.device):
+            logits.append(model(*inputs).float())
+    logits = torch.cat(logits)
+    several = content["task"] == "multi"
+    values = (100 * logits.sigmoid()).round() if several else logits.argmax(1, keepdim=True)
+    return values.byte().cpu().numpy()
+
+
+def write_map(args):
+    """--map: classes of a whole scene, strip by strip, the next ones read beside the computing."""
+    content = models.load_checkpoint(args.classifier)
+    model, scaling, names = models.load_classifier(content)
+    model = model.to(args.device, memory_format=torch.channels_last)
+    scene, raster = open_scene(args, content)
+    height, width, crop = raster.height, raster.width, content["crop"]
+    step = args.step or crop // 2
+    if not step <= crop <= min(height, width):
+        raise data.DataError(f"{raster.name}: {width} x {height} px, --step {step}: the windows of "
+                             f"the classifier are {crop} x {crop} px: neither may the scene be "
+                             "smaller nor the step larger")
+    if args.s2_offset is None:
+        args.s2_offset = offset_of(scene)
+    tops, bounds = windows(height, crop, step)
+    lefts, left_bounds = windows(width, crop, step)
+    at_once = max(1, STRIP // step)
+    strips = [slice(k, k + at_once) for k in range(0, len(tops), at_once)]
+
+    def read(strip):
+        top, bottom = tops[strip][0], tops[strip][-1] + crop
+        return read_rows(scene, content, Window(0, top, width, bottom - top))
+
+    part = args.map.with_suffix(".part.tif")
+    try:
+        with rasterio.open(
+                part, "w", driver="GTiff", dtype="uint8", nodata=255, height=height, width=width,
+                count=len(names) if content["task"] == "multi" else 1, crs=raster.crs,
+                transform=raster.transform, compress="deflate", bigtiff="if_safer") as tif:
+            name_classes(tif, content)
+            work = zip(strips, data.ahead(read, strips, 2, 1))
+            for strip, (images, missing) in tqdm(work, "map", len(strips), unit="strip"):
+                top, ends = tops[strip][0], bounds[strip.start:strip.stop + 1]
+                places = [(start - top, left) for start in tops[strip] for left in lefts]
+                values = classify(model, images, places, content, scaling, args)
+                values = values.T.reshape(tif.count, -1, len(lefts))
+                values = values.repeat(np.diff(ends), 1).repeat(np.diff(left_bounds), 2)
+                values[:, missing[ends[0] - top:ends[-1] - top]] = 255
+                tif.write(values, window=Window(0, ends[0], width, ends[-1] - ends[0]))
+        draw_map(args.map.with_suffix(".png"), part, raster, scene, content)
+        part.replace(args.map)
+    finally:
+        part.unlink(missing_ok=True)
+    print(f"wrote {args.map} and {args.map.with_suffix('.png')}")
+
+
+def name_classes(tif, content):
+    """The classes' names, in the tags and of the bands, and their colours."""
+    names = content["classes"]
+    tags = {f"class_{number}": name for number, name in enumerate(names)}
+    tif.update_tags(**tags, task=content["task"], simulated=content["simulated"])
+    if content["task"] == "multi":
+        tif.descriptions = [f"{name}, %" for name in names]
+    else:
+        colours = data.class_colours(names)(range(len(names)), bytes=True)
+        tif.write_colormap(1, dict(enumerate(map(tuple, colours.tolist()))))
+
+
+def draw_map(out, path, raster, scene, content):
+    """Picture of a scene, its map and the legend; of several labels the most probable one."""
+    shrink = max(1, *(side / 1500 for side in raster.shape))
+    shape = [math.ceil(side / shrink) for side in raster.shape]
+    with rasterio.open(path) as tif:
+        values = tif.read(out_shape=(tif.count, *shape))
+    image = np.nan_to_num(raster.read(out_shape=(raster.count, *shape)))
+    figure, axes = data.new_figure(1, 2, (11, 5), subplot_kw={"xticks": [], "yticks": []})
+    if "s2" in scene:
+        picture, title = data.composite(image, scene["s2"][1])
+        axes[0, 0].imshow(picture)
+    else:
+        title = f"{scene['s1'][1][0]} of Sentinel-1"
+        axes[0, 0].imshow(image[0], "gray", vmin=-25, vmax=0)
+    classes = np.where(values[0] == 255, 255, values.argmax(0)) if len(values) > 1 else values[0]
+    data.draw_classes(figure, axes[0, 1], classes, content["classes"])
+    axes[0, 0].set_title(title)
+    axes[0, 1].set_title("SIMULATED data " * content["simulated"] + TITLES[content["method"]])
+    figure.savefig(out, dpi=110)
+
+
 def main():
     parser = linear_eval.evaluation_parser(__doc__)
     add = parser.add_argument
     add("--report", type=Path, metavar="DIR", help="tables and figure of the results there, alone")
+    add("--save", type=Path, metavar="DIR", help="keep the trained classifiers there")
+    add("--map", type=Path, metavar="OUT.tif", help="classes of a scene, with these options, alone:")
+    add("--classifier", help="a file that --save wrote")
+    add("--s1", help="GeoTIFF in dB")
+    add("--s2", help="GeoTIFF of reflectance x 10,000, on the same grid")
+    add("--step", type=data.positive, help="px between windows (default: half the crop)")
+    add("--s2-offset", type=int, choices=(0, 1000), help="default: 1000 where B10 shows it")
     # As in the released code:
     add("--epochs", type=data.positive, default=200)
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
@@ -315,6 +516,10 @@ def main():
     torch.backends.cudnn.benchmark = True
     if args.report:
         report(args.report)
+    elif args.map:
+        if not args.classifier or args.map.suffix not in (".tif", ".tiff"):
+            parser.error("--map OUT.tif needs --classifier, --s1 and --s2")
+        write_map(args)
     else:
         evaluate(args, content)
 

@@ -2,6 +2,7 @@
 
     from models import load_encoders, nt_xent, mma_similarity, info_nce
     encoders, scaling = load_encoders("runs/d-simclr/last.pt")   # {"s1": module, "s2": module}
+    classifier, scaling, names = load_classifier("late-fusion_single_1_seed0.pt")
     s1, s2 = data.to_input(s1, s2, **scaling)
     python models.py export runs/d-simclr/last.pt OUT   # plain torchvision state_dicts and a card
 
@@ -242,8 +243,9 @@ def retrieval(similarity):
 # ---------------------------------------- checkpoints
 # A checkpoint is a dict: format, method, arch, bands {"s1", "s2": names in order}, classes (names),
 # scale, stats {"s1", "s2": {"mean", "std"}}, simulated, args, encoders and heads {"s1", "s2":
-# state_dict}, versions; from pretrain.py also epoch, step, optimizer, random, retrieval, data.
-# No pickle in a file is ever executed.
+# state_dict}, versions; from pretrain.py also epoch, step, optimizer, random, retrieval, data; a
+# classifier of finetune.py has no heads but fc (state_dict), task, crop, run and scores. No pickle
+# in a file is ever executed.
 
 # What the weights released with the paper do not say.
 RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "classes": CLASSES,
@@ -251,19 +253,23 @@ RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "clas
 
 
 def save_checkpoint(path, model, **content):
-    """Write a Contrastive model and whatever else a checkpoint holds; the file before it is kept
-    as `previous.pt`. The file is there whole or not at all, and one of the two always is. Raises
-    CheckpointError."""
-    path = Path(path)
+    """Write a Contrastive model or a Classifier and whatever else its file holds. The file is there
+    whole or not at all; that of a Contrastive before it is kept as `previous.pt`, so that one of
+    the two always is. Raises CheckpointError."""
+    path, classifies = Path(path), isinstance(model, Classifier)
+    heads = {} if classifies else model.heads
     content = {
         "format": CHECKPOINT_FORMAT, **content,
         "encoders": {name: encoder.state_dict() for name, encoder in model.encoders.items()},
-        "heads": {name: head.state_dict() for name, head in model.heads.items()},
+        "heads": {name: head.state_dict() for name, head in heads.items()},
         "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
+    if classifies:
+        content["fc"] = model.fc.state_dict()
     buffer = io.BytesIO()  # since torch's own writer does not always name a full disk
     torch.save(content, buffer)
     temporary = path.with_suffix(".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as handle:
             handle.write(buffer.getbuffer())
             handle.flush()
@@ -273,7 +279,7 @@ def save_checkpoint(path, model, **content):
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"{path}: cannot be written ({reason}); the one before it is kept. "
                               "Free space and start the same command again") from None
-    if path.exists():
+    if path.exists() and not classifies:
         path.replace(path.with_name("previous.pt"))
     temporary.replace(path)
 
@@ -343,18 +349,24 @@ def refuse_unfit(path, content):
             names = ", ".join(known)
             raise CheckpointError(f"{path}: {key} {content[key]!r} is not one of {names}")
     for sensor in METHODS[content["method"]]["inputs"]:
-        bands, weights = content["bands"][sensor], content["encoders"].get(sensor, {})
+        bands, weights = bands_of(content, sensor), content["encoders"].get(sensor, {})
         first = weights.get("conv1.weight", weights.get("convs1.layers.0.weight"))
         if first is None:
             raise CheckpointError(f"{path}: no weights for {sensor}")
         if first.shape[1] != len(bands):
             raise CheckpointError(f"{path}: the weights for {sensor} take {first.shape[1]} bands, "
                                   f"not the {len(bands)} that it names: {' '.join(bands)}")
+    for sensor, bands in content["bands"].items():
         stats = (content["stats"] or {}).get(sensor) or {}
         for key in ("mean", "std") if content["scale"] == "standard" else ():
             if len(stats.get(key) or ()) != len(bands):
                 raise CheckpointError(f"{path}: scale `standard` without the {key} of every band "
                                       f"of {sensor}")
+
+
+def bands_of(content, name):
+    """Names of the bands that the encoder `s1`, `s2` or `s1+s2` takes."""
+    return [band for sensor in name.split("+") for band in content["bands"][sensor]]
 
 
 def load_encoders(checkpoint):
@@ -372,9 +384,27 @@ def load_encoders(checkpoint):
     return encoders.eval(), {key: content[key] for key in ("scale", "stats", "bands")}
 
 
+def load_classifier(checkpoint):
+    """-> (Classifier in eval mode without gradients, scaling for data.to_input, class names) of a
+    file of `finetune.py --save`. checkpoint: as for load_encoders(). Raises CheckpointError."""
+    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
+    if "fc" not in content:
+        raise CheckpointError(f"{content['file']}: encoders without a classifier: "
+                              "`python finetune.py --save DIR` writes one")
+    encoders, scaling = load_encoders(content)
+    model = Classifier(encoders, len(content["classes"]))
+    try:
+        model.fc.load_state_dict(content["fc"])
+    except (RuntimeError, TypeError):
+        raise CheckpointError(f"{content['file']}: its last layer does not fit its encoders and "
+                              f"{len(content['classes'])} classes") from None
+    return model.eval().requires_grad_(False), scaling, content["classes"]
+
+
 # ---------------------------------------- export
 
 UNITS = {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"}
+UNITS["s1+s2"] = f"{UNITS['s1']}, then {UNITS['s2']}"
 SCALING = {
     "patch-max": "S1 clipped to -25..0, plus 25; S2 clipped to 0..10000; then each channel / (its "
                  "own maximum + 1e-5)",
@@ -386,34 +416,40 @@ LOADING = {
               "net.fc = torch.nn.Identity(); net.load_state_dict(torch.load('{name}.pt')); "
               "or in the first place "
               "net = timm.create_model('{arch}', in_chans={bands}, num_classes=0)",
-    "VGG": "net = models.VGG({bands}); net.load_state_dict(torch.load('{name}.pt'))"}
+    "VGG": "net = models.VGG({bands}); net.load_state_dict(torch.load('{name}.pt'))",
+    "fc": "torch.load('fc.pt'): weight (classes, features) and bias (classes,); logits = features "
+          "of the encoders side by side, maps averaged, @ weight.T + bias"}
 LICENCE = ("Trained on data that contain modified Copernicus Sentinel data, which are free for any "
            "use with that notice.")
 
 
 def export(checkpoint, out, results=None):
-    """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, and OUT/card.json: all
-    that a user must know. results: results.jsonl of linear_eval.py, whose scores of this
-    checkpoint go on the card. -> the card."""
+    """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, of a classifier its last
+    layer, OUT/fc.pt, and OUT/card.json: all that a user must know. results: results.jsonl of
+    linear_eval.py, whose scores of this checkpoint go on the card. -> the card."""
     content, out = load_checkpoint(checkpoint), Path(out)
     encoders, _ = load_encoders(content)
     identity = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12]  # as in results.jsonl
     card = {"method": METHODS[content["method"]]["title"], "simulated": content["simulated"],
-            "scale": content["scale"], "scaling": SCALING[content["scale"]], "sensors": {},
+            "scale": content["scale"], "scaling": SCALING[content["scale"]],
+            "stats": content["stats"], "sensors": {},
             "classes": content["classes"], "data": content.get("data"),
             "epochs": content.get("epoch"), "retrieval": content.get("retrieval"),
-            "scores": scores_of(identity, results) if results else [],
+            "scores": scores_of(identity, results) if results else content.get("scores", []),
             "licence": "simulated data, free" if content["simulated"] else LICENCE,
             "settings": content["args"], "checkpoint": identity}
     out.mkdir(parents=True, exist_ok=True)
     for name, encoder in encoders.items():
         weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
         torch.save(weights, out / f"{name}.pt")
-        bands, load = content["bands"][name], LOADING[type(encoder).__name__]
+        bands, load = bands_of(content, name), LOADING[type(encoder).__name__]
         load = load.format(arch=content["arch"], bands=len(bands), name=name)
         card["sensors"][name] = {
             "file": f"{name}.pt", "bands": bands, "unit": UNITS[name], "load": load,
             "features": encoder.features, **(content["stats"] or {}).get(name, {})}
+    if "fc" in content:
+        torch.save(content["fc"], out / "fc.pt")
+        card["classifier"] = {"file": "fc.pt", "task": content["task"], "load": LOADING["fc"]}
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     return card
 
@@ -445,6 +481,7 @@ def main():
         print(f"models.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     files = [sensor["file"] for sensor in card["sensors"].values()]
+    files += ["fc.pt"] * ("classifier" in card)
     print(f"wrote {args.out}/card.json, {', '.join(files)}")
 
 

@@ -1,0 +1,379 @@
+"""finetune.py --save and --map: trained classifiers kept, and maps of whole scenes made with them."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import rasterio
+import torch
+from conftest import ROOT, call, user
+from test_finetune import tune
+
+import data
+import finetune
+import linear_eval
+import models
+
+CRS, TRANSFORM = "EPSG:32633", rasterio.Affine(10, 0, 500_000, 0, -10, 5_000_000)
+BANDS = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
+
+
+def write_tif(path, image, names=None, **profile):
+    settings = {"driver": "GTiff", "count": len(image), "height": image.shape[1], "width": image.shape[2],
+                "dtype": image.dtype, "crs": CRS, "transform": TRANSFORM, **profile}
+    with rasterio.open(path, "w", **settings) as tif:
+        tif.write(image)
+        if names:
+            tif.descriptions = names
+    return path
+
+
+def make_scene(height=150, width=170, bands=BANDS, seed=0):
+    """-> random images of both sensors with fields of 8 px."""
+    rng = np.random.default_rng(seed)
+
+    def smooth(count):
+        coarse = rng.normal(size=(count, height // 8 + 2, width // 8 + 2))
+        fine = np.kron(coarse, np.ones((8, 8)))[:, :height, :width]
+        return fine + rng.normal(0, 0.3, fine.shape)
+
+    s1 = (smooth(len(bands["s1"])) * 4 - 12).astype(np.float32)
+    s2 = (smooth(len(bands["s2"])) * 400 + 2000).clip(1, 9000).astype(np.uint16)
+    if "B10" in bands["s2"]:
+        s2[bands["s2"].index("B10")] = rng.integers(1, 30, s2.shape[1:])
+    return s1, s2
+
+
+def write_scene(folder, *args, **kwargs):
+    """make_scene() as files S1.tif and S2.tif -> the arrays."""
+    images = make_scene(*args, **kwargs)
+    for name, image in zip(("S1", "S2"), images):
+        write_tif(folder / f"{name}.tif", image)
+    return images
+
+
+def write_classifier(path, method="late-fusion", task="single", bands=BANDS, classes=data.CLASSES, crop=32, scale="fixed",
+                     seed=0):
+    """A classifier that was never trained, its last layer such that all classes occur."""
+    torch.manual_seed(seed)
+    model = models.Classifier(models.make_encoders(method, bands), len(classes)).eval()
+    stats = {sensor: {"mean": [-12.0 if sensor == "s1" else 2000.0] * len(names),
+                      "std": [4.0 if sensor == "s1" else 400.0] * len(names)} for sensor, names in bands.items()}
+    images = [torch.from_numpy(image.astype(np.float32)) for image in make_scene(bands=bands, seed=9)]
+    with torch.no_grad():
+        crops = [torch.stack([image[:, k:k + crop, k:k + crop] for k in range(0, 100, 4)]) for image in images]
+        logits = model(*data.to_input(*crops, scale, stats))
+        model.fc.weight.div_(logits.std(0)[:, None])
+        model.fc.bias.sub_(logits.mean(0)).div_(logits.std(0))
+    models.save_checkpoint(path, model, method=method, arch="resnet18", bands=bands, scale=scale, stats=stats,
+                           classes=list(classes), simulated=True, task=task, crop=crop, args={})
+    return path
+
+
+def make_map(monkeypatch, folder, *options, s1="S1.tif", s2="S2.tif"):
+    call(monkeypatch, finetune, "--map", folder / "map.tif", "--classifier", folder / "c.pt",
+         *(("--s1", folder / s1) if s1 else ()), *(("--s2", folder / s2) if s2 else ()), *options)
+    with rasterio.open(folder / "map.tif") as tif:
+        return tif.read()
+
+
+def expected(folder, s1, s2, top, left, offset=0):
+    """What the classifier says of one crop, as a user would ask it."""
+    model, scaling, _ = models.load_classifier(folder / "c.pt")
+    crop = models.load_checkpoint(folder / "c.pt")["crop"]
+    a, b = (image[None, :, top:top + crop, left:left + crop] for image in (s1, s2))
+    return model(*data.to_input(a, b.astype(np.float32), **scaling, s2_offset=offset))[0]
+
+
+def whole(text):
+    return " ".join(text.split())
+
+
+# -------------------------------------------------------------------------------------- the pixels
+
+@pytest.mark.parametrize(("step", "method", "scale"), [(16, "late-fusion", "fixed"), (7, "early-fusion", "standard"),
+                                                       (32, "mma", "patch-max"), (16, "only-s2", "standard")])
+def test_pixels_are_what_the_classifier_says_of_their_windows(tmp_path, monkeypatch, step, method, scale):
+    s1, s2 = write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt", method, scale=scale)
+    labels, = make_map(monkeypatch, tmp_path, "--step", step)
+    assert labels.shape == s1.shape[1:] and len(np.unique(labels)) > 2 and labels.max() < 8
+    rng, seen = np.random.default_rng(1), set()
+    for top in rng.choice(range(0, 150 - 32, step), 3):
+        for left in rng.choice(range(0, 170 - 32, step), 3):
+            label = expected(tmp_path, s1, s2, top, left).argmax()
+            m = (32 - step) // 2
+            assert (labels[top + m:top + m + step, left + m:left + m + step] == label.item()).all()
+            seen.add(label.item())
+    assert len(seen) > 1
+
+
+def test_margins_are_of_the_windows_at_the_edge(tmp_path, monkeypatch):
+    s1, s2 = write_scene(tmp_path, 85, 100)
+    write_classifier(tmp_path / "c.pt")
+    labels, = make_map(monkeypatch, tmp_path)
+    for rows, top in ((slice(0, 24), 0), (slice(72, 85), 53)):
+        for columns, left in ((slice(0, 24), 0), (slice(88, 100), 68)):
+            assert (labels[rows, columns] == expected(tmp_path, s1, s2, top, left).argmax().item()).all()
+
+
+@pytest.mark.parametrize("strip", [1, 32, 50, 10_000])
+def test_the_height_of_a_strip_changes_no_pixel(tmp_path, monkeypatch, strip):
+    write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt")
+    usual = make_map(monkeypatch, tmp_path)
+    monkeypatch.setattr(finetune, "STRIP", strip)
+    assert np.array_equal(make_map(monkeypatch, tmp_path, "--batch-size", 7), usual)
+
+
+@pytest.mark.parametrize("length", range(32, 80, 5))
+@pytest.mark.parametrize("step", [1, 5, 16, 31, 32])
+def test_windows_cover_every_pixel_once(length, step):
+    starts, bounds = finetune.windows(length, 32, step)
+    assert bounds[0] == 0 and bounds[-1] == length and (np.diff(bounds) > 0).all() and len(bounds) == len(starts) + 1
+    assert starts[0] == 0 and starts[-1] == length - 32
+    for start, first, end in zip(starts, bounds, bounds[1:]):
+        assert start <= first and end <= start + 32  # what a window is asked for, it sees
+    inner = np.diff(bounds)[1:-2]
+    assert (inner == step).all()
+
+
+def test_several_labels_are_a_band_each_in_percent(tmp_path, monkeypatch):
+    s1, s2 = write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt", task="multi")
+    shares = make_map(monkeypatch, tmp_path)
+    assert shares.shape == (8, 150, 170) and shares.max() <= 100
+    percent = 100 * expected(tmp_path, s1, s2, 16, 32).sigmoid().numpy()
+    assert np.abs(shares[:, 32, 48] - percent).max() < 0.51
+    with rasterio.open(tmp_path / "map.tif") as tif:
+        assert tif.descriptions == tuple(f"{name}, %" for name in data.CLASSES) and tif.nodata == 255
+
+
+# ---------------------------------------------------------------------------------- what the file says
+
+def test_grid_colours_and_names(tmp_path, monkeypatch):
+    write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt")
+    make_map(monkeypatch, tmp_path)
+    with rasterio.open(tmp_path / "map.tif") as tif:
+        assert tif.crs == CRS and tif.transform == TRANSFORM and tif.dtypes == ("uint8",) and tif.nodata == 255
+        assert [tif.tags()[f"class_{k}"] for k in range(8)] == data.CLASSES and tif.tags()["simulated"] == "True"
+        assert tif.colormap(1)[7] == (0x2b, 0x6c, 0xb0, 255)  # water
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["S1.tif", "S2.tif", "c.pt", "map.png", "map.tif"]
+
+
+# ------------------------------------------------------------------------------------------ no data
+
+def test_what_either_sensor_did_not_see_is_255(tmp_path, monkeypatch):
+    s1, s2 = write_scene(tmp_path)
+    s1[:, 10:20, 10:30], s1[0, 40:45, :5], s2[:, 60:70, 100:] = np.nan, -np.inf, 0
+    s1[:, 100:110, 90:100] = -9999
+    write_tif(tmp_path / "S1.tif", s1, nodata=-9999)
+    write_tif(tmp_path / "S2.tif", s2)
+    write_classifier(tmp_path / "c.pt")
+    labels, = make_map(monkeypatch, tmp_path)
+    holes = np.zeros((150, 170), bool)
+    holes[10:20, 10:30] = holes[40:45, :5] = holes[60:70, 100:] = holes[100:110, 90:100] = True
+    assert ((labels == 255) == holes).all()
+
+
+def test_a_scene_without_any_data_is_255(tmp_path, monkeypatch):
+    write_scene(tmp_path)
+    write_tif(tmp_path / "S2.tif", np.zeros((13, 150, 170), np.uint16))
+    write_classifier(tmp_path / "c.pt")
+    assert (make_map(monkeypatch, tmp_path) == 255).all()
+
+
+def test_values_that_are_not_in_db_are_said(tmp_path, monkeypatch):
+    s1, _ = write_scene(tmp_path)
+    write_tif(tmp_path / "S1.tif", 10 ** (s1 / 10))
+    write_classifier(tmp_path / "c.pt")
+    with pytest.raises(data.DataError, match="S1.tif: never below 0, so not in dB"):
+        make_map(monkeypatch, tmp_path)
+    assert not list(tmp_path.glob("map*"))
+
+
+# -------------------------------------------------------------------------------- bands and offset
+
+def test_offset_of_baseline_0400_is_found_by_the_cirrus_band(tmp_path, monkeypatch, capsys):
+    _, s2 = write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt")
+    usual = make_map(monkeypatch, tmp_path)
+    assert "1,000 is subtracted" not in capsys.readouterr().out
+    write_tif(tmp_path / "S2.tif", np.where(np.arange(170) < 9, 0, s2 + 1000).astype(np.uint16))  # and no data
+    shifted = make_map(monkeypatch, tmp_path)
+    assert "S2.tif: B10 is never below 1,000" in capsys.readouterr().out
+    assert np.array_equal(shifted[:, :, 60:], usual[:, :, 60:]) and (shifted[:, :, :9] == 255).all()
+    other = make_map(monkeypatch, tmp_path, "--s2-offset", 0)
+    assert not np.array_equal(other[:, :, 60:], usual[:, :, 60:])
+
+
+@pytest.mark.parametrize("order", ["named", "full"])
+def test_twelve_bands_out_of_thirteen_and_in_another_order(tmp_path, monkeypatch, order):
+    s1, s2 = write_scene(tmp_path)
+    bands = {"s1": ["VH"], "s2": data.L2A_BANDS}
+    write_classifier(tmp_path / "c.pt", bands=bands)
+    usual = make_map(monkeypatch, tmp_path)
+    if order == "named":  # the file says which is which
+        write_tif(tmp_path / "S1.tif", s1[::-1], ["VH", "VV"])
+        write_tif(tmp_path / "S2.tif", s2[::-1], data.S2_BANDS[::-1])
+    else:
+        write_tif(tmp_path / "S1.tif", s1[1:])
+        write_tif(tmp_path / "S2.tif", np.delete(s2, 10, 0))
+    assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
+
+
+def test_bands_and_classes_of_ones_own(tmp_path, monkeypatch):
+    bands = {"s1": ["HH"], "s2": ["red", "nir"]}
+    s1, s2 = write_scene(tmp_path, bands=bands)
+    write_classifier(tmp_path / "c.pt", bands=bands, classes=["dry", "flooded"])
+    labels, = make_map(monkeypatch, tmp_path)
+    assert set(np.unique(labels)) <= {0, 1}
+    assert labels[40, 40] == expected(tmp_path, s1, s2, 24, 24).argmax()
+    with rasterio.open(tmp_path / "map.tif") as tif:
+        assert tif.tags()["class_1"] == "flooded"
+
+
+def test_a_classifier_of_one_sensor_needs_no_other(tmp_path, monkeypatch):
+    write_scene(tmp_path)
+    for method, kept, bands in (("only-s1", "s1", BANDS), ("simclr-rgb", "s2", {"s1": [], "s2": models.RGB})):
+        write_classifier(tmp_path / "c.pt", method, bands=bands, scale="standard")
+        both = make_map(monkeypatch, tmp_path)
+        other = {"s1": "s2", "s2": "s1"}[kept]
+        assert np.array_equal(make_map(monkeypatch, tmp_path, **{other: None}), both)
+
+
+# --------------------------------------------------------------------------------------- wrong input
+
+def test_wrong_input_is_one_line(tmp_path, monkeypatch):
+    s1, s2 = write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt")
+    write_tif(tmp_path / "moved.tif", s1, transform=TRANSFORM @ rasterio.Affine.translation(0.5, 0))
+    write_tif(tmp_path / "zone.tif", s1, crs="EPSG:32634")
+    write_tif(tmp_path / "larger.tif", np.pad(s1, ((0, 0), (0, 9), (0, 0))))
+    write_tif(tmp_path / "three.tif", s2[:3])
+    write_tif(tmp_path / "small1.tif", s1[:, :31])
+    write_tif(tmp_path / "small2.tif", s2[:, :31])
+    (tmp_path / "text.tif").write_text("no image")
+    torch.save({"a": 1}, tmp_path / "foreign.pt")
+    grid = "-te 500000.0 4998500.0 501700.0 5000000.0 -ts 170 150 -r bilinear"
+    for words, changes, options in (
+            ("gdalwarp -t_srs EPSG:32633 " + grid, {"s1": "moved.tif"}, ()),
+            ("EPSG:32634 and EPSG:32633. Warp", {"s1": "zone.tif"}, ()),
+            ("not on one grid: 170 x 159 px and 170 x 150 px. Warp", {"s1": "larger.tif"}, ()),
+            ("three.tif: 3 bands", {"s2": "three.tif"}, ()),
+            ("--s1: ", {"s1": None}, ()),
+            ("--s2: ", {"s2": None}, ()),
+            ("31 px, --step 16: the windows of the classifier are 32 x 32", {"s1": "small1.tif", "s2": "small2.tif"}, ()),
+            ("--step 33", {}, ("--step", 33)),
+            ("text.tif", {"s1": "text.tif"}, ()),
+            ("nowhere.tif", {"s2": "nowhere.tif"}, ())):
+        with pytest.raises((data.DataError, OSError)) as error:
+            make_map(monkeypatch, tmp_path, *options, **changes)
+        assert words in str(error.value) and "\n" not in str(error.value)
+        assert not list(tmp_path.glob("map*"))
+    for path in ("foreign.pt", "nowhere.pt"):
+        with pytest.raises(models.CheckpointError):
+            models.load_classifier(tmp_path / path)
+
+
+def test_warping_as_the_error_says_makes_one_grid(tmp_path, monkeypatch):
+    s1, _ = write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt")
+    write_tif(tmp_path / "moved.tif", s1, transform=TRANSFORM @ rasterio.Affine.translation(-20, 3))
+    with pytest.raises(data.DataError) as error:
+        make_map(monkeypatch, tmp_path, s1="moved.tif")
+    options = str(error.value).split("gdalwarp ")[1].split()
+    bounds, (width, height) = list(map(float, options[3:7])), map(int, options[8:10])
+    from rasterio.vrt import WarpedVRT
+    with rasterio.open(tmp_path / "moved.tif") as moved, WarpedVRT(
+            moved, crs=options[1], transform=rasterio.transform.from_bounds(*bounds, width, height), width=width,
+            height=height, nodata=np.nan) as warped:
+        write_tif(tmp_path / "warped.tif", warped.read(), transform=warped.transform)
+    labels, = make_map(monkeypatch, tmp_path, s1="warped.tif")
+    assert (labels != 255).any()
+
+
+def test_killed_in_the_middle_there_is_no_map(tmp_path):
+    write_scene(tmp_path, 1200, 1200)
+    write_classifier(tmp_path / "c.pt")
+    command = [sys.executable, ROOT / "finetune.py", "--map", tmp_path / "map.tif", "--classifier", tmp_path / "c.pt",
+               "--s1", tmp_path / "S1.tif", "--s2", tmp_path / "S2.tif", "--step", "4"]
+    process = subprocess.Popen(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(tmp_path.glob("map.part*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "map.tif").exists() and not (tmp_path / "map.png").exists()
+
+
+# ------------------------------------------------------------------------------------ kept classifiers
+
+def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, monkeypatch):
+    options = ("--method", "early-fusion", "--task", "single", "multi", "--scale", "standard", "--save", tmp_path / "kept")
+    extract, logits = linear_eval.extract, []
+    monkeypatch.setattr(linear_eval, "extract", lambda *args: logits.append(extract(*args)) or logits[-1])
+    lines = tune(monkeypatch, labelled, tmp_path, *options)
+    files = [tmp_path / f"kept/early-fusion_{task}_0.5_seed0.pt" for task in ("single", "multi")]
+    assert sorted(files) == sorted((tmp_path / "kept").iterdir())
+    patches = data.Patches(labelled)
+    rows = patches.rows_of("test")
+    for path, line, before in zip(files, lines, logits):
+        model, scaling, names = models.load_classifier(path)
+        content = models.load_checkpoint(path)
+        assert not model.training and names == line["classes"] and content["task"] == line["task"]
+        assert content["crop"] == 32 and content["simulated"] and content["scores"][0]["average"] == pytest.approx(line["average"], abs=1e-5)
+        crops = data.grid_crops(rows, patches.size, 32, 16)
+        s1, s2, *_ = next(iter(data.loader(patches, crops, 32)))
+        got = model(*data.to_input(s1, s2, **scaling))
+        np.testing.assert_allclose(got.numpy(), before["x"][:16], rtol=1e-3, atol=1e-4)
+    bytes_before = files[0].read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "train", None)  # nothing is trained
+        assert tune(patch, labelled, tmp_path, *options) == lines
+    files[0].unlink()  # a file that is lost comes back, without a second line
+    assert tune(monkeypatch, labelled, tmp_path, *options) == lines
+    assert files[0].read_bytes() == bytes_before
+    with pytest.raises(data.DataError, match=r"seed0.pt: a classifier of other settings: choose another --save"):
+        tune(monkeypatch, labelled, tmp_path, *options, "--lr", 1e-3)
+
+
+def test_exported_classifier(tmp_path):
+    write_classifier(tmp_path / "c.pt", "early-fusion", "multi")
+    card = models.export(tmp_path / "c.pt", tmp_path / "out")
+    assert card["classes"] == data.CLASSES and card["classifier"]["task"] == "multi"
+    assert card["sensors"]["s1+s2"]["bands"] == data.S1_BANDS + data.S2_BANDS
+    fc = torch.load(tmp_path / "out/fc.pt", weights_only=True)
+    model, _, _ = models.load_classifier(tmp_path / "c.pt")
+    assert torch.equal(fc["weight"], model.fc.weight)
+    assert json.loads((tmp_path / "out/card.json").read_text()) == card
+
+
+def test_last_layers_that_do_not_fit_are_named(tmp_path):
+    content = torch.load(write_classifier(tmp_path / "c.pt"), weights_only=True)
+    for change, words in (({"classes": ["a", "b"]}, "does not fit its encoders and 2 classes"), ({"fc": 3}, "does not fit")):
+        torch.save({**content, **change}, tmp_path / "bad.pt")
+        with pytest.raises(models.CheckpointError, match=words):
+            models.load_classifier(tmp_path / "bad.pt")
+    del content["fc"]
+    torch.save(content, tmp_path / "bad.pt")
+    with pytest.raises(models.CheckpointError, match="without a classifier"):
+        models.load_classifier(tmp_path / "bad.pt")
+
+
+def test_as_a_process(tmp_path):
+    write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt")
+    options = ("--map", tmp_path / "map.tif", "--classifier", tmp_path / "c.pt", "--s1", tmp_path / "S1.tif")
+    done = user("finetune.py", *options)
+    assert done.returncode == 2 and whole(done.stderr).startswith("finetune.py: error: --s2: ")
+    done = user("finetune.py", *options, "--s2", tmp_path / "S2.tif")
+    assert done.returncode == 0 and "wrote" in done.stdout
