@@ -129,8 +129,10 @@ def evaluate(args, content):
                                                   range(args.seeds)):
         key = {**fixed, "task": task, "label_fraction": fraction, "seed": seed}
         saved = args.save and args.save / f"{args.method}_{task}_{fraction:g}_seed{seed}.pt"
-        kept = not saved or is_saved(saved, key)
-        if results.has(key) and kept:
+        kept = saved and saved.exists()
+        if kept and models.load_checkpoint(saved).get("run") != key:
+            raise data.DataError(f"{saved}: has other settings: choose another --save")
+        if results.has(key) and (kept or not saved):
             continue
         start = time.perf_counter()
         name = f"{args.method} {task} {fraction:.0%} seed {seed}"
@@ -149,15 +151,6 @@ def evaluate(args, content):
                 classes=patches.classes, simulated=patches.simulated, task=task, crop=args.crop,
                 args=key["args"], run=key, scores=[shown])
         results.add(key, scores, counts=counts, seconds=round(time.perf_counter() - start, 1))
-
-
-def is_saved(path, key):
-    """Whether a file is the classifier of this run; DataError where it is that of another."""
-    if not path.exists():
-        return False
-    if models.load_checkpoint(path).get("run") != key:
-        raise data.DataError(f"{path}: a classifier of other settings: choose another --save")
-    return True
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -361,12 +354,13 @@ def windows(length, crop, step):
 
 
 def read_rows(scene, content, rows):
-    """A window of a scene -> {sensor: (c, h, w) float32, NaN where there is no data, 0 if the
-    classifier does not look at it}; (h, w) bool: a sensor has none there, which is NaN, the
+    """A window of a scene -> S1 and S2 (c, h, w) float32, NaN where there is no data, 0 if the
+    classifier does not look at it; (h, w) bool: a sensor has none there, which is NaN, the
     raster's nodata value, or 0 in all bands."""
-    images, missing = {}, np.zeros((rows.height, rows.width), bool)
+    images, missing = [], np.zeros((rows.height, rows.width), bool)
     for sensor, bands in content["bands"].items():
-        images[sensor] = image = np.zeros((len(bands), *missing.shape), np.float32)
+        image = np.zeros((len(bands), *missing.shape), np.float32)
+        images.append(image)
         if sensor in scene:
             path, names = scene[sensor]
             numbers = [names.index(band) + 1 for band in bands]
@@ -395,23 +389,21 @@ def offset_of(scene):
 
 
 @torch.no_grad()
-def classify(model, images, places, content, scaling, args):
-    """Windows of images {sensor: (c, h, w)} at places (top, left) -> (N, bands of the map) uint8:
-    the class, or of several labels the probability of each in percent."""
-    crop, logits = content["crop"], []
-    images = [torch.from_numpy(images[sensor]).to(args.device) for sensor in ("s1", "s2")]
+def classify(model, s1, s2, places, crop, scaling, args):
+    """Windows of two images (c, h, w) at places (top, left) -> (N, classes) float32 logits."""
+    images = [torch.from_numpy(image).to(args.device) for image in (s1, s2)]
+    scale = functools.partial(data.to_input, **scaling, s2_offset=args.s2_offset)
+    by_window, logits = scaling["scale"] == "patch-max", []
+    if not by_window:  # each pixel is scaled once, though several windows see it
+        images = [image[0] for image in scale(*(image[None] for image in images))]
     for k in range(0, len(places), args.batch_size):
         crops = []
         for image in images:
             cut = [image[:, y:y + crop, x:x + crop] for y, x in places[k:k + args.batch_size]]
             crops.append(torch.stack(cut))
-        inputs = data.to_input(*crops, **scaling, s2_offset=args.s2_offset)
         with models.autocast(args.precision, args.device):
-            logits.append(model(*inputs).float())
-    logits = torch.cat(logits)
-    several = content["task"] == "multi"
-    values = (100 * logits.sigmoid()).round() if several else logits.argmax(1, keepdim=True)
-    return values.byte().cpu().numpy()
+            logits.append(model(*(scale(*crops) if by_window else crops)).float())
+    return torch.cat(logits)
 
 
 def write_map(args):
@@ -421,6 +413,7 @@ def write_map(args):
     model = model.to(args.device, memory_format=torch.channels_last)
     scene, raster = open_scene(args, content)
     height, width, crop = raster.height, raster.width, content["crop"]
+    several = content["task"] == "multi"
     step = args.step or crop // 2
     if not step <= crop <= min(height, width):
         raise data.DataError(f"{raster.name}: {width} x {height} px, --step {step}: the windows of "
@@ -441,14 +434,22 @@ def write_map(args):
     try:
         with rasterio.open(
                 part, "w", driver="GTiff", dtype="uint8", nodata=255, height=height, width=width,
-                count=len(names) if content["task"] == "multi" else 1, crs=raster.crs,
+                count=len(names) if several else 1, crs=raster.crs,
                 transform=raster.transform, compress="deflate", bigtiff="if_safer") as tif:
-            name_classes(tif, content)
+            tags = {f"class_{number}": name for number, name in enumerate(names)}
+            tif.update_tags(**tags, task=content["task"], simulated=content["simulated"])
+            if several:
+                tif.descriptions = [f"{name}, %" for name in names]
+            else:
+                colours = data.class_colours(names)(range(len(names)), bytes=True)
+                tif.write_colormap(1, dict(enumerate(map(tuple, colours.tolist()))))
             work = zip(strips, data.ahead(read, strips, 2, 1))
             for strip, (images, missing) in tqdm(work, "map", len(strips), unit="strip"):
                 top, ends = tops[strip][0], bounds[strip.start:strip.stop + 1]
                 places = [(start - top, left) for start in tops[strip] for left in lefts]
-                values = classify(model, images, places, content, scaling, args)
+                logits = classify(model, *images, places, crop, scaling, args)
+                percent, best = (100 * logits.sigmoid()).round(), logits.argmax(1, keepdim=True)
+                values = (percent if several else best).byte().cpu().numpy()
                 values = values.T.reshape(tif.count, -1, len(lefts))
                 values = values.repeat(np.diff(ends), 1).repeat(np.diff(left_bounds), 2)
                 values[:, missing[ends[0] - top:ends[-1] - top]] = 255
@@ -458,18 +459,6 @@ def write_map(args):
     finally:
         part.unlink(missing_ok=True)
     print(f"wrote {args.map} and {args.map.with_suffix('.png')}")
-
-
-def name_classes(tif, content):
-    """The classes' names, in the tags and of the bands, and their colours."""
-    names = content["classes"]
-    tags = {f"class_{number}": name for number, name in enumerate(names)}
-    tif.update_tags(**tags, task=content["task"], simulated=content["simulated"])
-    if content["task"] == "multi":
-        tif.descriptions = [f"{name}, %" for name in names]
-    else:
-        colours = data.class_colours(names)(range(len(names)), bytes=True)
-        tif.write_colormap(1, dict(enumerate(map(tuple, colours.tolist()))))
 
 
 def draw_map(out, path, raster, scene, content):
@@ -482,6 +471,7 @@ def draw_map(out, path, raster, scene, content):
     figure, axes = data.new_figure(1, 2, (11, 5), subplot_kw={"xticks": [], "yticks": []})
     if "s2" in scene:
         picture, title = data.composite(image, scene["s2"][1])
+        title = f"Sentinel-2, {title}"
         axes[0, 0].imshow(picture)
     else:
         title = f"{scene['s1'][1][0]} of Sentinel-1"

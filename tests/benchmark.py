@@ -3,6 +3,7 @@
     python tests/benchmark.py data      # packing and crops
     python tests/benchmark.py train     # pretraining step and losses
     python tests/benchmark.py probe     # linear probes of all tables
+    python tests/benchmark.py map       # maps of scenes
 """
 import argparse
 import contextlib
@@ -30,6 +31,7 @@ sys.path.insert(0, str(ROOT))
 import simulate
 
 import data
+import finetune
 import linear_eval
 import models
 import pretrain
@@ -418,10 +420,84 @@ def probes():
           f"{forward:.0f} s, {forward / (total / 5):.0f} times the probes of one seed")
 
 
+def write_scene(folder, height, width, rng=None):
+    """S1.tif and S2.tif, of noise; without rng holes all over that take no place on the disk."""
+    for name, count, kind in (("S1", 2, np.float32), ("S2", 13, np.uint16)):
+        with rasterio.open(folder / f"{name}.tif", "w", driver="GTiff", count=count, height=height, width=width,
+                           dtype=kind, crs="EPSG:32633", transform=rasterio.Affine(10, 0, 5e5, 0, -10, 5e6),
+                           tiled=True, sparse_ok=True, bigtiff="yes") as tif:
+            for top in range(0, height, 512) if rng else ():
+                shape = count, min(512, height - top), width
+                noise = rng.normal(-12, 4, shape) if name == "S1" else rng.integers(1, 4000, shape)
+                tif.write(noise.astype(kind), window=rasterio.windows.Window(0, top, width, shape[1]))
+
+
+def map_command(folder, *options):
+    return ["finetune.py", "--map", folder / "map.tif", "--classifier", folder / "classifier.pt",
+            "--s1", folder / "S1.tif", "--s2", folder / "S2.tif", *options]
+
+
+def map_memory(folder, *options):
+    """Largest resident memory of a process that makes a map, in MB, and its seconds."""
+    code = ("import re, sys, finetune; finetune.main()\n"
+            "print(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])")
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *map(str, map_command(folder, *options)[1:])], cwd=ROOT,
+                          stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout.split()[-1]) / 1024, time.perf_counter() - start
+
+
+def maps(side=2240, crop=128, tile=10_980):
+    """Making a map beside the bare forward pass; memory of a whole tile."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
+    print(machine())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = models.Classifier(models.make_encoders("late-fusion", bands)).eval().requires_grad_(False)
+        models.save_checkpoint(folder / "classifier.pt", model, method="late-fusion", arch="resnet18", bands=bands,
+                               scale="fixed", stats=None, classes=data.CLASSES, simulated=True, task="single",
+                               crop=crop, args={})
+        model = model.to(device, memory_format=torch.channels_last)
+        inputs = [torch.rand(100, len(names), crop, crop, device=device).contiguous(memory_format=torch.channels_last)
+                  for names in bands.values()]
+
+        def bare():
+            with models.autocast("auto", device):
+                return model(*inputs).sum().item()
+
+        sys.argv, walls = list(map(str, map_command(folder))), []
+        for length in (4 * crop, side):  # what both take is the start and the picture
+            write_scene(folder, length, length, np.random.default_rng(0))
+            before, start = seconds(bare, 3), time.perf_counter()
+            finetune.main()
+            walls.append(time.perf_counter() - start)
+        rate = 100 / (before + seconds(bare, 3)) * 2
+        few, many, whole = (len(finetune.windows(length, crop, crop // 2)[0]) ** 2 for length in (4 * crop, side, tile))
+        mapped = (many - few) / (walls[1] - walls[0])
+        flops = FlopCounterMode(display=False)
+        with flops:
+            model(*inputs)
+        work = flops.get_total_flops() / 100 * whole
+        write_scene(folder, 10 * crop, 10 * crop)  # a whole batch of windows
+        small, _ = map_memory(folder, "--step", crop)
+        write_scene(folder, tile, tile)
+        large, took = map_memory(folder, "--step", crop)
+        table(f"Maps: late-fusion, ResNet18, windows of {crop} px every {crop // 2}, {side} x {side} px", ("", ""), [
+            ("bare forward pass", f"{rate:.1f} windows/s"),
+            ("map, beyond its start", f"{mapped:.1f} windows/s, {mapped * (crop // 2) ** 2:,.0f} px/s"),
+            ("ratio (0.9)", f"{mapped / rate:.2f}"),
+            ("start and picture", f"{walls[0] - few / mapped:.1f} s"),
+            (f"a tile of {tile:,} x {tile:,} px ({whole:,} windows), at this rate", f"{whole / mapped / 60:.1f} min"),
+            ("the same by count on a GPU at 40 TFLOP/s", f"{work / 40e12:.1f} s ({work:.2g} FLOP) if the file is read as fast"),
+            (f"memory of a whole (empty) tile, --step {crop}, {took:.0f} s; beyond a scene of one batch (2,048 MB)",
+             f"{large:.0f} MB, {large - small:+.0f} MB")])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("data", "train", "probe"))
-    {"data": data_path, "train": training, "probe": probes}[parser.parse_args().part]()
+    parser.add_argument("part", choices=("data", "train", "probe", "map"))
+    {"data": data_path, "train": training, "probe": probes, "map": maps}[parser.parse_args().part]()
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def write_classifier(path, method="late-fusion", task="single", bands=BANDS, cla
     return path
 
 
-def make_map(monkeypatch, folder, *options, s1="S1.tif", s2="S2.tif"):
+def make_map(monkeypatch, folder, *options, s1="S1.tif", s2="S2.tif", picture=False):
+    if not picture:  # which takes longer than these maps
+        monkeypatch.setattr(finetune, "draw_map", lambda *args: None)
     call(monkeypatch, finetune, "--map", folder / "map.tif", "--classifier", folder / "c.pt",
          *(("--s1", folder / s1) if s1 else ()), *(("--s2", folder / s2) if s2 else ()), *options)
     with rasterio.open(folder / "map.tif") as tif:
@@ -158,7 +160,7 @@ def test_several_labels_are_a_band_each_in_percent(tmp_path, monkeypatch):
 def test_grid_colours_and_names(tmp_path, monkeypatch):
     write_scene(tmp_path)
     write_classifier(tmp_path / "c.pt")
-    make_map(monkeypatch, tmp_path)
+    make_map(monkeypatch, tmp_path, picture=True)
     with rasterio.open(tmp_path / "map.tif") as tif:
         assert tif.crs == CRS and tif.transform == TRANSFORM and tif.dtypes == ("uint8",) and tif.nodata == 255
         assert [tif.tags()[f"class_{k}"] for k in range(8)] == data.CLASSES and tif.tags()["simulated"] == "True"
@@ -342,7 +344,7 @@ def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, mo
     files[0].unlink()  # a file that is lost comes back, without a second line
     assert tune(monkeypatch, labelled, tmp_path, *options) == lines
     assert files[0].read_bytes() == bytes_before
-    with pytest.raises(data.DataError, match=r"seed0.pt: a classifier of other settings: choose another --save"):
+    with pytest.raises(data.DataError, match=r"seed0.pt: has other settings: choose another --save"):
         tune(monkeypatch, labelled, tmp_path, *options, "--lr", 1e-3)
 
 
