@@ -1,0 +1,116 @@
+"""tests/ombria.py: a clone of OMBRIA, here a made-up one in its layout, as two trees that pack."""
+import sys
+
+import numpy as np
+import ombria
+import pytest
+import rasterio
+
+import data
+
+
+def write_png(path, image):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with rasterio.open(path, "w", driver="PNG", count=len(image), height=image.shape[1], width=image.shape[2],
+                       dtype="uint8") as file:
+        file.write(image)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """6 places of OMBRIA's own split and 2 of each country of 2021, 16 px -> (folder, images by file)."""
+    folder, rng, images = tmp_path_factory.mktemp("OMBRIA"), np.random.default_rng(0), {}
+
+    def add(path, bands):
+        images[path] = rng.integers(0, 256, (bands, 16, 16), dtype=np.uint8)
+        write_png(folder / path, images[path])
+
+    def add_mask(path):
+        images[path] = np.uint8(255) * rng.integers(0, 2, (1, 16, 16), dtype=np.uint8)
+        write_png(folder / path, images[path])
+
+    for number in range(6):
+        part, name = "test" if number > 3 else "train", f"{number:04}"
+        for date in ("before", "after"):
+            add(f"OmbriaS1/{part}/{date.upper()}/S1_{date}_{name}.png", 1)
+            add(f"OmbriaS2/{part}/{date.upper()}/S2_{date}_{name}.png", 3)
+        add_mask(f"OmbriaS1/{part}/MASK/S1_mask_{name}.png")
+    for country in ("ALBANIA", "FRANCE", "GUYANA", "TIMOR"):
+        for number in (1, 2):
+            for date in ("before", "after"):
+                add(f"2021/{country}/Sentinel1/{date.upper()}/im{date}_{number}.png", 1)
+                add(f"2021/{country}/Sentinel2/{date.upper()}/im{date}_{number}.png", 3)
+            add_mask(f"2021/{country}/Sentinel1/MASK/gt_{number}.png")
+    return folder, images
+
+
+def convert(monkeypatch, *args):
+    monkeypatch.setattr(sys, "argv", ["ombria.py", *map(str, args)])
+    ombria.main()
+
+
+def test_two_trees_that_pack(clone, tmp_path, monkeypatch, capsys):
+    folder, images = clone
+    convert(monkeypatch, folder, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "12 places" in said and "GUYANA" in said
+    pairs, flood = (data.pack(tmp_path / "out" / name, tmp_path / name, max_bad=0.1) for name in ("pairs", "flood"))
+    for patches in (pairs, flood):
+        assert patches.bands == {"s1": ["VV"], "s2": ["B12", "B8", "B4"]} and patches.classes == ["dry", "flooded"]
+        assert len(patches.rows_of("test")) == 6 and len(patches.rows) == 12 and not patches.left_out
+        assert {patches.scenes[row].split("/")[-1] for row in patches.rows_of("test")} == {"ALBANIA", "FRANCE", "TIMOR"}
+    assert pairs.labels is None and len(flood.rows_of("validation")) == 6
+    row = next(row for row, patch in enumerate(flood.ids) if patch.endswith("0004"))
+    grey = images["OmbriaS1/test/AFTER/S1_after_0004.png"]
+    np.testing.assert_allclose(flood.arrays[0][row] / 100, grey / 255 * 25 - 25, atol=0.006)
+    assert np.array_equal(flood.arrays[1][row], 39 * images["OmbriaS2/test/AFTER/S2_after_0004.png"].astype(int))
+    assert np.array_equal(flood.arrays[2][row], images["OmbriaS1/test/MASK/S1_mask_0004.png"] > 127)
+    row = next(row for row, patch in enumerate(pairs.ids) if patch.endswith("FRANCE/2"))
+    grey = images["2021/FRANCE/Sentinel1/BEFORE/imbefore_2.png"]
+    np.testing.assert_allclose(pairs.arrays[0][row] / 100, grey / 255 * 25 - 25, atol=0.006)
+
+
+def test_both_dates_and_regions_held_out(clone, tmp_path, monkeypatch):
+    folder, _ = clone
+    (tmp_path / "regions.csv").write_text("number,region\n" + "".join(f"{k:04},R{k % 2}\n" for k in range(6)))
+    convert(monkeypatch, folder, tmp_path / "out", "--dates", "both", "--regions", tmp_path / "regions.csv",
+            "--test-regions", "R1")
+    pairs = data.pack(tmp_path / "out/pairs", tmp_path / "pairs", max_bad=0.1)
+    assert len(pairs.rows) == 24 and len(pairs.rows_of("validation")) == 6  # three places, two dates
+    scenes = {split: {pairs.scenes[row].split("/")[-1] for row in pairs.rows_of(split)} for split in ("validation", "test")}
+    assert scenes == {"validation": {"R0"}, "test": {"R1", "ALBANIA", "FRANCE", "TIMOR"}}
+
+
+def test_a_clone_that_lacks_parts_and_files(clone, tmp_path, monkeypatch, capsys):
+    _, images = clone
+    for path, image in images.items():
+        if path.startswith("Ombria") and not path.endswith(("S2_before_0001.png", "S1_mask_0002.png")):
+            write_png(tmp_path / "clone" / path, image)
+    (tmp_path / "clone/OmbriaS1/train/AFTER/S1_after_0003.png").write_bytes(b"no image")
+    convert(monkeypatch, tmp_path / "clone", tmp_path / "out")
+    said = capsys.readouterr().out
+    for words in ("2021/FRANCE: not there", "S2_before_0001.png: not there", "S1_mask_0002.png: not there", "0003 after: "):
+        assert words in said
+    counts = {name: len(list((tmp_path / "out" / name).glob("train/s1/*/*.tif"))) for name in ("pairs", "flood")}
+    assert counts == {"pairs": 5, "flood": 4}
+
+
+def test_wrong_input(clone, tmp_path, monkeypatch, capsys):
+    (tmp_path / "regions.csv").write_text("number,region\n0000,R0\n")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    for words, args in (("is it a clone", (tmp_path / "full", tmp_path / "out")),
+                        ("is not empty", (clone[0], tmp_path / "full")),
+                        ("R7: no such region", (clone[0], tmp_path / "out", "--regions", tmp_path / "regions.csv",
+                                                "--test-regions", "R7"))):
+        with pytest.raises(SystemExit) as stop:
+            convert(monkeypatch, *args)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_real_thing(shared, tmp_path, monkeypatch):
+    convert(monkeypatch, shared / "real/ombria", tmp_path, "--regions", shared / "real/ombria/regions.csv",
+            "--test-regions", "R10")
+    counts = {split: len(list((tmp_path / "flood").glob(f"{split}/classes/*/*.tif"))) for split in ("train", "test")}
+    assert counts == {"train": 484, "test": 210}
