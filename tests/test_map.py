@@ -65,7 +65,7 @@ def write_classifier(path, method="late-fusion", task="single", bands=BANDS, cla
                       "std": [4.0 if sensor == "s1" else 400.0] * len(names)} for sensor, names in bands.items()}
     images = [torch.from_numpy(image.astype(np.float32)) for image in make_scene(bands=bands, seed=9)]
     with torch.no_grad():
-        crops = [torch.stack([image[:, k:k + crop, k:k + crop] for k in range(0, 100, 4)]) for image in images]
+        crops = [torch.stack([image[:, k:k + crop, k:k + crop] for k in range(0, 150 - crop, 4)]) for image in images]
         logits = model(*data.to_input(*crops, scale, stats))
         model.fc.weight.div_(logits.std(0)[:, None])
         model.fc.bias.sub_(logits.mean(0)).div_(logits.std(0))

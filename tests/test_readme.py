@@ -7,7 +7,9 @@ import numpy as np
 import rasterio
 import torch
 from conftest import BACKGROUND, ROOT, folder, user
+from test_map import write_classifier, write_scene
 
+import data
 import models
 
 
@@ -77,3 +79,17 @@ def test_snippet_goes_from_two_geotiffs_to_an_embedding(tmp_path, monkeypatch):
         expected = torch.cat((model.eval().encoders["s1"](s1), model.encoders["s2"](s2)), 1)
     assert found["embedding"].shape == (1, 1024)
     torch.testing.assert_close(found["embedding"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_snippet_goes_from_two_geotiffs_to_a_class(tmp_path, monkeypatch, capsys):
+    snippet = re.search(r"```python\n(classifier.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(snippet.strip().splitlines()) == 4
+    monkeypatch.chdir(tmp_path)
+    s1, s2 = write_scene(tmp_path, 64, 64)
+    (tmp_path / "S1.tif").rename(tmp_path / "s1.tif")
+    (tmp_path / "S2.tif").rename(tmp_path / "s2.tif")
+    write_classifier(tmp_path / "DIR/late-fusion_single_1_seed0.pt", crop=64, scale="standard")
+    exec(snippet, {"models": models, "data": data, "torch": torch, "rasterio": rasterio})  # noqa: S102
+    model, scaling, names = models.load_classifier(tmp_path / "DIR/late-fusion_single_1_seed0.pt")
+    label = model(*data.to_input(s1[None], s2[None].astype(np.float32), **scaling)).argmax()
+    assert capsys.readouterr().out.strip() == names[label]
