@@ -456,6 +456,9 @@ def write_map(args):
                 tif.write(values, window=Window(0, ends[0], width, ends[-1] - ends[0]))
         draw_map(args.map.with_suffix(".png"), part, raster, scene, content)
         part.replace(args.map)
+    except rasterio.errors.RasterioError as error:  # a full disk, a scene that is cut off
+        raise data.DataError(f"{args.map}: {error.__cause__ or error}: free space, or mend "
+                             f"{args.s1}, {args.s2}") from None
     finally:
         part.unlink(missing_ok=True)
     print(f"wrote {args.map} and {args.map.with_suffix('.png')}")

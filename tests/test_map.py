@@ -301,6 +301,36 @@ def test_warping_as_the_error_says_makes_one_grid(tmp_path, monkeypatch):
     assert (labels != 255).any()
 
 
+def test_a_scene_that_is_cut_off_is_one_line(tmp_path, monkeypatch):
+    write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt")
+    whole_file = (tmp_path / "S2.tif").read_bytes()
+    (tmp_path / "S2.tif").write_bytes(whole_file[:len(whole_file) // 2])
+    with pytest.raises(data.DataError, match=r"map.tif: .*free space, or mend .*S2.tif") as error:
+        make_map(monkeypatch, tmp_path, "--s2-offset", 0)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("map*"))
+
+
+FULL_DISK = """
+import resource, signal, sys
+sys.path.insert(0, {root!r})
+import data, finetune
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+data.run(finetune.main)
+"""
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    write_scene(tmp_path, 400, 400)
+    write_classifier(tmp_path / "c.pt", task="multi")
+    command = [sys.executable, "-c", FULL_DISK.format(root=str(ROOT)), "--map", tmp_path / "map.tif", "--classifier",
+               tmp_path / "c.pt", "--s1", tmp_path / "S1.tif", "--s2", tmp_path / "S2.tif", "--step", 8]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "map.tif: " in done.stderr.splitlines()[-1] and "free space" in done.stderr
+    assert not list(tmp_path.glob("map*"))
+
+
 def test_killed_in_the_middle_there_is_no_map(tmp_path):
     write_scene(tmp_path, 1200, 1200)
     write_classifier(tmp_path / "c.pt")
