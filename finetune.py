@@ -491,7 +491,7 @@ def main():
     add = parser.add_argument
     add("--report", type=Path, metavar="DIR", help="tables and figure of the results there, alone")
     add("--save", type=Path, metavar="DIR", help="keep the trained classifiers there")
-    add("--map", type=Path, metavar="OUT.tif", help="classes of a scene, with these options, alone:")
+    add("--map", type=Path, metavar="OUT.tif", help="classes of a scene, with what follows, alone")
     add("--classifier", help="a file that --save wrote")
     add("--s1", help="GeoTIFF in dB")
     add("--s2", help="GeoTIFF of reflectance x 10,000, on the same grid")

@@ -123,7 +123,7 @@ def test_margins_are_of_the_windows_at_the_edge(tmp_path, monkeypatch):
             assert (labels[rows, columns] == expected(tmp_path, s1, s2, top, left).argmax().item()).all()
 
 
-@pytest.mark.parametrize("strip", [1, 32, 50, 10_000])
+@pytest.mark.parametrize("strip", [1, 50])
 def test_the_height_of_a_strip_changes_no_pixel(tmp_path, monkeypatch, strip):
     write_scene(tmp_path)
     write_classifier(tmp_path / "c.pt")
