@@ -48,7 +48,6 @@ IGNORE = 255  # class of a pixel that is none of the classes; label of a patch t
 MISSING = -32768  # in S1 as integers
 SCALES = ("patch-max", "fixed", "standard")
 STORE_FORMAT = 2
-STATISTICS = {"mean": np.mean, "variance": np.var, "lowest": np.min, "highest": np.max}
 HOW_TO_GET = ("SEN12MS: mediaTUM, doi 10.14459/2019mp1474000, see README; "
               "`python tests/simulate.py OUT` makes simulated data")
 SETTLE = 64  # patches between two flushes of a packing
@@ -111,7 +110,7 @@ def multi_label(classes, share=0.1, count=8):
     return (class_counts(classes, count)[:, :count] >= needed).float()
 
 
-def to_input(s1, s2, scale, stats=None, bands=None, names=None, s2_offset=0):
+def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
     """Patches to network input, on the device where they are. Tensors or arrays.
 
     s1: (N, c1, h, w) int16 in 1/100 dB, -32768 missing, or float in dB, NaN or infinite missing.
@@ -121,15 +120,12 @@ def to_input(s1, s2, scale, stats=None, bands=None, names=None, s2_offset=0):
         `fixed`, (dB + 25) / 25 and reflectance, clipped to 0..1; `standard`, by mean and standard
         deviation, one a channel: stats = {"s1": {"mean": [dB], "std": [dB]}, "s2": {...}}.
     bands: {"s1": names, "s2": names} that the channels must be, as load_encoders gives them.
-    names: the same of those that they are, where you know them.
     -> two float32 tensors, finite for any input. DataError for other bands or an unknown scale.
     """
     s1, s2 = torch.as_tensor(s1), torch.as_tensor(s2)
     for sensor, x in (("s1", s1), ("s2", s2)) if bands else ():
-        needed = list(bands[sensor])
-        given = list(names[sensor]) if names else f"{x.shape[1]} channels"
-        if x.shape[1] != len(needed) or names and given != needed:
-            raise DataError(f"{sensor}: {given} given, the encoder takes {len(needed)}: {needed}")
+        if x.shape[1] != len(bands[sensor]):
+            raise DataError(f"{sensor}: {x.shape[1]} channels, not {' '.join(bands[sensor])}")
     missing = ~s1.isfinite() if s1.is_floating_point() else s1 == MISSING
     s1 = (s1 if s1.is_floating_point() else s1 / 100).float().masked_fill(missing, -99)
     s2 = (s2.float().nan_to_num(0, posinf=0, neginf=0) - s2_offset).clamp(0)
@@ -165,20 +161,21 @@ def parse(path):
         return sensor, split, os.path.dirname(patch) if "/" in name else patch, patch
 
 
-def find_pairs(tree, limit=None):
+def find_pairs(tree):
     """-> list of {"id", "split", "scene", "s1", "s2"} and, where there are labels, "classes", the
-    last three paths; {id: reason} of the patches that lack a file. limit: so many, spread over the
-    tree."""
-    found, pairs, left_out = defaultdict(dict), [], {}
+    last three paths; {id: reason} of the patches that lack a file."""
+    files_of, pairs, left_out = defaultdict(dict), [], {}
     files = glob.iglob("**/*.tif*", root_dir=tree, recursive=True)
     for path in tqdm(files, desc="looking for files", unit="file", delay=1):
         if parts := parse(f"/{path}"):
             sensor, split, scene, patch = parts
-            if sensor in found[patch]:
-                raise DataError(f"{found[patch][sensor]} and {path} are the same patch: remove one")
-            found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: f"{tree}/{path}"}
-    labelled = {pair["split"] for pair in found.values() if "classes" in pair}
-    for patch, pair in sorted(found.items()):
+            if sensor in files_of[patch]:
+                raise DataError(f"{files_of[patch][sensor]} and {path} are the same patch: "
+                                "remove one")
+            files_of[patch] |= {"id": patch, "split": split, "scene": scene,
+                                sensor: f"{tree}/{path}"}
+    labelled = {pair["split"] for pair in files_of.values() if "classes" in pair}
+    for patch, pair in sorted(files_of.items()):
         needed = ["classes"] * (pair["split"] in labelled) + ["s1", "s2"]
         if lacking := [sensor for sensor in needed if sensor not in pair]:
             left_out[patch] = f"no {' and no '.join(lacking)} file"
@@ -188,8 +185,6 @@ def find_pairs(tree, limit=None):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and "
                         "ROIs1158_spring_s2_1_p30.tif, or s1/NAME.tif and s2/NAME.tif. "
                         + HOW_TO_GET)
-    if limit and limit < len(pairs):
-        return [pairs[k * len(pairs) // limit] for k in range(limit)], {}
     return pairs, left_out
 
 
@@ -217,31 +212,28 @@ def read_legend(tree):
     return legend
 
 
-def read_tif(path, count, kinds, size):
-    """-> (count, h, w) array; raises DataError with the reason why this file is none."""
-    name = Path(path).name
+def read_tif(path, kind, *shape):
+    """-> array of this kind and (bands, height, width); DataError: why this file is none."""
     try:
         with rasterio.open(path) as tif:
-            if not tif.dtypes[0].startswith(kinds):
-                raise DataError(f"{name}: wrong data type {tif.dtypes[0]}")
-            if tif.count != count:
-                raise DataError(f"{name}: {tif.count} bands, not {count}")
-            if list(tif.shape) != size:
-                raise DataError(f"{name}: {tif.height} x {tif.width} px, not {size[0]} x {size[1]}")
-            return tif.read()
+            pixels = tif.read()
     except rasterio.errors.RasterioError:
-        raise DataError(f"{name}: cannot be opened, truncated or not a TIFF") from None
+        raise DataError(f"{Path(path).name}: cannot be read, truncated or not a TIFF") from None
+    if pixels.shape != shape or not pixels.dtype.name.startswith(kind):
+        raise DataError(f"{Path(path).name}: {pixels.dtype} {pixels.shape} of bands, height, width;"
+                        f" not {kind[-1]} {shape}")
+    return pixels
 
 
 def read_patch(pair, plan):
     """-> s1 int16 (C1, H, W) in 1/100 dB, s2 uint16 (C2, H, W) reflectance x 10,000, classes uint8
     (H, W) and the offset that was subtracted from s2; raises DataError for a bad patch."""
     names, size, offset = plan["bands"]["s2"], plan["size"], plan["s2_offset"]
-    s1 = read_tif(pair["s1"], len(plan["bands"]["s1"]), "float", size)
-    s2 = read_tif(pair["s2"], len(names), ("int", "uint"), size)
+    s1 = read_tif(pair["s1"], ("float",), len(plan["bands"]["s1"]), *size)
+    s2 = read_tif(pair["s2"], ("uint", "int"), len(names), *size)
     codes = np.full((1, *size), -1)
     if "classes" in pair:
-        codes = read_tif(pair["classes"], 1, ("int", "uint"), size)
+        codes = read_tif(pair["classes"], ("uint", "int"), 1, *size)
     for sensor, bad, reason in (
             ("s1", not np.isfinite(s1).all(), "NaN or infinite values"),
             ("s1", s1.min() >= 0, "never below 0, so not in dB: 10 log10 of power is"),
@@ -259,15 +251,15 @@ def read_patch(pair, plan):
 
 def make_plan(tree, pairs, s2_offset=None):
     """What a packing is to hold: the same at every start of it, and in the end in index.json."""
-    legend, root, shapes = read_legend(tree), Path(tree).resolve(), Counter()
-    for pair in pairs[::math.ceil(len(pairs) / 25)]:  # the most frequent of up to 25 decides
+    legend, root, count, size = read_legend(tree), Path(tree).resolve(), 0, ()
+    for pair in pairs:  # the first S2 that can be opened decides
         with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(pair["s2"]) as tif:
-            shapes[tif.count, tif.shape] += 1
-    count, size = max(shapes, key=shapes.get, default=(0, ()))
+            count, size = tif.count, tif.shape
+            break
     bands = legend["s2"] or (L2A_BANDS if count == len(L2A_BANDS) else S2_BANDS)
     if count != len(bands):
-        raise DataError(f"{pairs[0]['s2']} and others: {count} readable bands, not {bands}: mend "
-                        "them, or name theirs in legend.json")
+        raise DataError(f"{pair['s2']}: {count} readable bands, not {bands}: mend it, or name its "
+                        "bands in legend.json")
     near = (root, *root.parents, *root.glob("*/"))
     return {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": bands},
             "size": list(size), "classes": list(dict.fromkeys(legend["classes"].values())),
@@ -285,7 +277,7 @@ def layout(plan):
     record = [("state", "u1"),  # 1: the row is whole; 0: not yet, or bad
               ("offset", "<u2"),  # subtracted from S2
               ("pixels", "<u4", len(plan["classes"]) + 1),  # per class, the last for 255
-              *((key, "<f8", s1 + s2) for key in STATISTICS)]  # S1 in dB
+              *((key, "<f8", s1 + s2) for key in ("mean", "variance", "lowest", "highest"))]
     arrays = {"s1.npy": ("<i2", (count, s1, *size)), "s2.npy": ("<u2", (count, s2, *size))}
     if plan["labelled"]:
         arrays["classes.npy"] = "u1", (count, *size)
@@ -332,9 +324,9 @@ def fill(store, pairs, plan, left_out, threads, max_bad):
             return row, str(reason)
         for image, values in zip(images, (s1, s2, classes)):
             image[row] = values
-        bands, pixels = np.concatenate((s1 / 100, s2)), np.bincount(classes.ravel(), minlength=256)
-        statistics = [function(bands, (1, 2)) for function in STATISTICS.values()]
-        records[row] = 0, offset, pixels[numbers], *statistics
+        pixels = np.bincount(classes.ravel(), minlength=256)[numbers]
+        statistics = zip(moments(s1, 100), moments(s2, 1))
+        records[row] = 0, offset, pixels, *map(np.concatenate, statistics)
         return row, None
 
     rows, some = np.flatnonzero(records["state"] == 0), True
@@ -357,6 +349,15 @@ def fill(store, pairs, plan, left_out, threads, max_bad):
     return int(np.count_nonzero(records["offset"]))
 
 
+def moments(image, unit):
+    """(C, H, W) integers -> mean, variance, lowest and highest of each band, as multiples of the
+    unit. The sums of integers and of their squares are exact, so no mean need be known before."""
+    x = image.reshape(len(image), -1).astype(float)
+    mean = x.mean(1)
+    variance = np.einsum("bp,bp->b", x, x) / x.shape[1] - mean ** 2
+    return mean / unit, variance / unit ** 2, image.min((1, 2)) / unit, image.max((1, 2)) / unit
+
+
 def ahead(function, items, threads=None, depth=2):
     """Yield function(item) in the order of the items, computed by threads, of which at most `depth`
     results wait. threads: None for one per core (of each process of torchrun), at most 8."""
@@ -374,11 +375,11 @@ def ahead(function, items, threads=None, depth=2):
         pool.shutdown(cancel_futures=True)
 
 
-def pack(tree, store, threads=None, limit=None, max_bad=0.01, s2_offset=None):
+def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     """Write the good patches of a tree to a store -> its Patches. Killed and started again, it goes
     on from what is done and ends in the same bytes. s2_offset: what to subtract from S2; None:
     1,000 where B10 shows it. Raises DataError where tree, disk or folder do not allow it."""
-    store, (pairs, left_out) = Path(store), find_pairs(tree, limit)
+    store, (pairs, left_out) = Path(store), find_pairs(tree)
     plan = make_plan(tree, pairs, s2_offset)
     try:
         store.mkdir(parents=True, exist_ok=True)
@@ -429,22 +430,20 @@ class Patches:
                                  f"format {self.index['format']}, this version has {STORE_FORMAT}")
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             text = f"cannot be read ({error}): copy it again, or pack again"
-            if not Path(path, "index.json").exists():
-                text = (f"not a store: `python data.py pack {path} STORE` makes one of a folder of "
-                        f"GeoTIFFs. {HOW_TO_GET}")
             if Path(path, "packing.json").exists():
                 text = f"its packing is not finished: start `python data.py pack TREE {path}` again"
+            elif not Path(path, "index.json").exists():
+                text = (f"not a store: `python data.py pack {path} STORE` makes one of a folder of "
+                        f"GeoTIFFs. {HOW_TO_GET}")
             raise DataError(f"{path}: {text}") from None
-        self.ids, self.scenes, self.classes, self.left_out = (
-            self.index[key] for key in ("ids", "scenes", "classes", "left_out"))
-        self.size, self.labelled, self.simulated = (
-            self.index[key] for key in ("size", "labelled", "simulated"))
+        vars(self).update(self.index)  # ids, scenes, classes, size, left_out, simulated, ...
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
         self.files = [open(array.filename, "rb") for array in maps]  # noqa: SIM115
-        self.path, self.splits = str(path), np.array(self.index["splits"])
+        self.path, self.splits = str(path), np.array(self.splits)
         self.rows = np.flatnonzero(self.records["state"])
-        large = sum(array.nbytes for array in maps) > memory_limit()
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        large = sum(array.nbytes for array in maps) > memory
         self.cold = math.inf if large else len(self.rows)  # patches yet to ask the disk for
         label = self.records["pixels"].argmax(1)
         label[(label == len(self.classes)) | (self.records["state"] == 0)] = IGNORE
@@ -459,7 +458,8 @@ class Patches:
             self.bands[sensor] = [band for band in bands if band in there]
             self.picks.append([there.index(band) for band in self.bands[sensor]])
         if unknown := [band for band in bands if band not in every["s1"] + every["s2"]]:
-            raise DataError(f"{self.path}: no band {' '.join(unknown)}; there are {every}")
+            raise DataError(f"{self.path}: no band {' '.join(unknown)}, see --bands; there are "
+                            f"{every}")
         if self.labelled:
             self.picks.append([0])  # the class map
         return self
@@ -486,10 +486,13 @@ class Patches:
 
     def cut(self, rows, tops, lefts, crops):
         """Fill tensors (B, c, size, size) of s1, s2 and perhaps classes with crops of the rows."""
-        size = crops[0].shape[-1]
+        size, cold = crops[0].shape[-1], self.cold > 0
         for file, array, pick, tensor in zip(self.files, self.arrays, self.picks, crops):
-            if self.cold > 0:
-                read_ahead(file, array, sorted(zip(rows, tops)), pick, size)
+            of_row = array.strides[0]
+            header = os.fstat(file.fileno()).st_size - array.nbytes
+            for row in rows if cold else ():  # all of a batch at once: page by page disks are slow
+                os.posix_fadvise(file.fileno(), header + row * of_row, of_row,
+                                 os.POSIX_FADV_WILLNEED)
             pick = slice(None) if pick == list(range(array.shape[1])) else pick
             for crop, row, top, left in zip(tensor.numpy(), rows, tops, lefts):
                 crop[:] = array[row][pick, top:top + size, left:left + size]
@@ -502,29 +505,6 @@ class Patches:
             signed = array[:, pick].view(f"i{array.itemsize}")  # torch lacks unsigned ones
             self.cached.append(torch.from_numpy(signed).to(device))
         return self
-
-
-def read_ahead(file, array, places, pick, size):
-    """Ask the system for all that a batch needs, (row, top) of its crops, at once: page by page a
-    disk is slow, and the system's own guess reads too much."""
-    header = os.fstat(file.fileno()).st_size - array.nbytes
-    of_row, of_band, of_line, _ = array.strides
-    for (row, top), band in itertools.product(places, pick):
-        start = header + row * of_row + band * of_band + top * of_line
-        os.posix_fadvise(file.fileno(), start, size * of_line, os.POSIX_FADV_WILLNEED)
-
-
-def memory_limit():
-    """Bytes that this process may use: of the machine, or of its container or job (cgroups)."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, kinds, group = line.split(":", 2)
-        folder = Path(f"/sys/fs/cgroup/{'memory' * ('memory' in kinds)}/{group}")
-        for above in (folder, *folder.parents):  # the limit of a job stands above the leaf
-            for name in ("memory.max", "memory.limit_in_bytes"):
-                with contextlib.suppress(OSError, ValueError):  # not there, or "max"
-                    limits.append(int((above / name).read_text()))
-    return min(limits)
 
 
 def split_scenes(patches, share):
@@ -692,7 +672,6 @@ def main():
     add = commands.add_parser("pack").add_argument
     add("tree")
     add("store")
-    add("--limit", type=positive, help="only so many patches, spread over the tree")
     add("--threads", type=positive, help="that read (default: one per core, at most 8)")
     add("--max-bad", type=float, default=0.01, help="share that may be bad (default %(default)s)")
     add("--s2-offset", type=int, choices=(0, 1000), help="default: 1000 where B10 shows it")

@@ -14,7 +14,6 @@ not repeated; `python finetune.py --report results` makes the tables.
 import argparse
 import contextlib
 import fcntl
-import functools
 import hashlib
 import itertools
 import json
@@ -121,11 +120,6 @@ class Results:
             tqdm.write(f"  not in the test data, so not in the average: {', '.join(absent)}")
 
 
-def file_hash(path):
-    """First 12 hexadecimal digits of a file's SHA-256."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
 # ------------------------------------------------------------------------------------ linear probe
 
 def band_statistics(x):
@@ -133,18 +127,20 @@ def band_statistics(x):
     return torch.cat(torch.std_mean(x, (2, 3)), 1)
 
 
+def make_encoders(args, content, patches, seed):
+    """-> a method's encoders: of a checkpoint's content if there is one, else made by the seed."""
+    torch.manual_seed(seed)
+    encoders = models.make_encoders(args.method, patches.bands, args.arch)
+    return models.load_encoders(content)[0] if content else encoders
+
+
 def frozen_network(args, content, patches, seed=0):
     """Encoders of the checkpoint's content or of --baseline, those of --sensors -> function of both
     network inputs that gives their features side by side, (N, D)."""
-    inputs = models.METHODS[args.method]["inputs"]
-    torch.manual_seed(seed)
-    encoders = models.make_encoders(args.method, patches.bands, args.arch).eval()
-    if content:
-        encoders, _ = models.load_encoders(content)
-    encoders = dict(encoders.to(args.device, memory_format=torch.channels_last))
-    if args.baseline == "bands":
-        encoders = dict.fromkeys(inputs, band_statistics)
-    used = {name: encoders[name] for name in inputs if args.sensors in ("both", name)}
+    encoders = make_encoders(args, content, patches, seed).eval()
+    encoders.to(args.device, memory_format=torch.channels_last)
+    used = {name: encoder if args.baseline != "bands" else band_statistics
+            for name, encoder in encoders.items() if args.sensors in ("both", name)}
     if not used:
         raise data.DataError(f"--sensors {args.sensors}: {args.method} has no such encoder")
 
@@ -156,11 +152,12 @@ def frozen_network(args, content, patches, seed=0):
 
 
 @torch.no_grad()
-def extract(network, scaling, patches, rows, args):
-    """Run a network over the crops that cover the patches `rows`, patch by patch. -> {"x": its
-    output, (n, D) float32, "row": (n,) the crop's patch}, and where there are class maps the crop's
-    labels, "single" and "multi", (n, C) 0/1, all 0 for none. DataError where x is not finite."""
-    batches = data.grid_crops(rows, patches.size, args.crop, args.batch_size)
+def extract(network, scaling, patches, rows, args, plan=data.grid_crops):
+    """Run a network over crops of the patches `rows`, patch by patch: those that cover them, or of
+    another plan. -> {"x": its output, (n, D) float32, "row": (n,) the crop's patch}, and where
+    there are class maps the crop's labels, "single" and "multi", (n, C) 0/1, all 0 for none.
+    DataError where x is not finite."""
+    batches = plan(rows, patches.size, args.crop, args.batch_size)
     feed = data.loader(patches, batches, args.crop, args.device, args.threads,
                        classes=patches.labels is not None)
     crops, count = defaultdict(list), len(patches.classes)
@@ -275,45 +272,45 @@ def probe(task, train, test, chosen, labels, seed, kind="linear", device="cpu"):
         return score(task, true, knn(x, y, queries).cpu().numpy()), counts
     sd, mean = torch.std_mean(x, 0, correction=0)
     sd[sd <= 1e-6 * mean.abs() + 1e-12] = math.inf  # such a feature says nothing
-    x, queries = (x - mean) / sd, (queries - mean) / sd
-    axes = principal_axes(x)
-    x = x @ axes
-    penalty = choose_penalty(task, x, y, weight, rows, labels, seed)
-    model = fit(task, x.double(), y, weight[None].double(), penalty)
+    axes = principal_axes((x - mean) / sd)
+    x, queries = (x - mean) / sd @ axes, (queries - mean) / sd
+    counts["penalty"] = choose_penalty(task, x, y, weight, rows, labels, seed)
+    model = fit(task, x.double(), y, weight[None].double(), counts["penalty"])
     logits = predict(queries.double() @ axes.double(), *model)[:, 0]
-    return score(task, true, logits.cpu().numpy()), {**counts, "penalty": penalty}
+    return score(task, true, logits.cpu().numpy()), counts
 
 
 def evaluate(args, content):
     """Probe frozen encoders: a result line per seed, task and label fraction."""
-    patches, train, test, scaling = open_labelled(args, content)
-    results, labels = Results(args.results), patches.labels
+    patches, train_rows, test_rows, scaling = open_labelled(args, content)
+    results, labels, crops = Results(args.results), patches.labels, {}
     fixed = {"protocol": "linear", "probe": args.probe, "baseline": args.baseline,
              "sensors": args.sensors, **describe(args, content, patches)}
-
-    @functools.lru_cache(1)
-    def crops(seed):
-        network = frozen_network(args, content, patches, seed)
-        return [extract(network, scaling, patches, rows, args) for rows in (train, test)]
-
     runs = list(itertools.product(range(args.seeds), args.task, args.label_fraction))
     for seed, task, fraction in tqdm(runs, "probes", leave=False, delay=1):
         key = {**fixed, "task": task, "label_fraction": fraction, "seed": seed}
         if results.has(key):
             continue
-        chosen = train[training_rows(labels[train], fraction, seed, args.label_sampling)]
-        features = crops(seed if args.baseline == "random" else 0)
-        scores, counts = probe(task, *features, chosen, labels, seed, args.probe, args.device)
+        weights = seed if args.baseline == "random" else 0
+        if weights not in crops:  # of one network at a time
+            network = frozen_network(args, content, patches, weights)
+            crops = {weights: [extract(network, scaling, patches, rows, args)
+                               for rows in (train_rows, test_rows)]}
+        chosen = training_rows(labels[train_rows], fraction, seed, args.label_sampling)
+        scores, counts = probe(task, *crops[weights], train_rows[chosen], labels, seed, args.probe,
+                               args.device)
         results.add(key, scores, counts=counts)
 
+
+# ----------------------------------------------------------------------- embeddings, and retrieval
 
 def embed(args, content):
     """--embed: each sensor's embedding of every patch, the mean over the crops that cover it."""
     patches = open_patches(args, content)
-    scaling = {"scale": content["scale"], "stats": content["stats"]}
+    _, scaling = models.load_encoders(content)
     network = frozen_network(args, content, patches)
     x = extract(network, scaling, patches, patches.rows, args)["x"]
-    x = x.reshape(len(patches.rows), -1, x.shape[1]).mean(1)
+    x = x.reshape(len(patches.rows), -1, x.shape[1]).mean(1)  # (patches, crops of each, D)
     arrays = {"ids": np.array(patches.ids)[patches.rows], "simulated": patches.simulated}
     if patches.labels is not None:
         arrays |= {"labels": patches.labels[patches.rows], "classes": patches.classes}
@@ -327,46 +324,48 @@ def embed(args, content):
 
 
 def contrastive_model(content):
-    """-> Contrastive of a checkpoint; without its heads, as of some released weights, it compares
-    the encoders' features."""
-    heads = content["heads"]
+    """-> Contrastive of a checkpoint, its scaling."""
+    heads = content["heads"]  # some released weights lack them: then features are compared
     width = len(heads["s1"]["2.weight"]) if heads else 128
     model = models.Contrastive(content["method"], content["bands"], content["arch"], width)
-    model.encoders, _ = models.load_encoders(content)
-    for name in model.heads:
-        if heads:
-            model.heads[name].load_state_dict(heads[name])
-        else:
-            model.heads[name] = torch.nn.Identity()
-    return model.eval()
+    model.encoders, scaling = models.load_encoders(content)
+    for name, head in model.heads.items():
+        model.heads[name] = head if heads else torch.nn.Identity()
+    for name, weights in heads.items():
+        model.heads[name].load_state_dict(weights)
+    return model.eval(), scaling
 
 
-@torch.no_grad()
-def retrieve(args, content):
-    """--retrieve: who finds whom, by the centre crops of at most 1,000 patches that pretraining did
-    not see: of the split `test` or, in its very data, of the scenes that it held out."""
-    if models.METHODS[args.method]["inputs"] != ("s1", "s2"):
-        raise data.DataError(f"{args.checkpoint}: --retrieve: {args.method} lacks a sensor")
-    patches, pretraining = open_patches(args, content), content["args"]
-    rows = patches.rows_of("test")
+def unseen_rows(args, content, patches):
+    """1,000 rows that pretraining did not see: split `test` or, of its data, held-out scenes."""
+    rows, pretraining = patches.rows_of("test"), content["args"]
     if not len(rows) and pretraining.get("data") == patches.identity():
         _, rows = data.split_scenes(patches, pretraining["holdout"])
     if not len(rows):
         raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: "
                              "a split `test`, or its very data and --holdout above 0 there")
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
-    batches = data.centre_crops(rows, patches.size, args.crop, args.batch_size)
-    model, embeddings = contrastive_model(content).to(args.device), []
-    for s1, s2, *_ in data.loader(patches, batches, args.crop, args.device, args.threads):
-        inputs = data.to_input(s1, s2, content["scale"], content["stats"])
-        with models.autocast(args.precision, args.device):
-            embeddings.append(model(*inputs))
-    similarity = model.similarity(*map(torch.cat, zip(*embeddings)))
-    found = models.retrieval(similarity)
-    result = (f"{len(rows)} held-out candidates, top-1 {found['top1']:.0%}, "
-              f"top-5 {found['top5']:.0%}, median rank {found['median']:g}")
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
+
+
+def retrieve(args, content):
+    """--retrieve: who finds whom, by the centre crops of patches that pretraining did not see."""
+    if models.METHODS[args.method]["inputs"] != ("s1", "s2"):
+        raise data.DataError(f"{args.checkpoint}: --retrieve: {args.method} lacks a sensor")
+    patches = open_patches(args, content)
+    rows = unseen_rows(args, content, patches)
+    model, scaling = contrastive_model(content)
+    model.to(args.device)
+
+    def network(s1, s2):
+        return torch.stack(model(s1, s2), 1)  # (N, 2, 128), or maps (N, 2, 256, h/8, w/8)
+
+    x = extract(network, scaling, patches, rows, args, data.centre_crops)["x"]
+    similarity = model.similarity(*torch.from_numpy(x).unbind(1))
+    scores = models.retrieval(similarity)
+    result = (f"{len(rows)} held-out candidates, top-1 {scores['top1']:.0%}, "
+              f"top-5 {scores['top5']:.0%}, median rank {scores['median']:g}")
     simulated = "SIMULATED data, " if patches.simulated else ""
-    nearest = similarity.topk(min(5, len(rows)), 1).indices.cpu().numpy()
+    nearest = similarity.topk(min(5, len(rows)), 1).indices.numpy()
     draw_retrieval(args, rows, nearest, f"{simulated}{TITLES[args.method]}: {result}")
     print(f"wrote {args.retrieve}: {result}")
 
@@ -376,20 +375,18 @@ def draw_retrieval(args, rows, nearest, title):
     it, the right one framed. nearest: (N, 5) places in rows."""
     patches = data.Patches(args.data)  # all bands: the encoders may see none that are colours
     queries = np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))
-    shown = rows[np.concatenate((queries, nearest[queries].ravel()))]
-    batches = data.centre_crops(shown, patches.size, args.crop, len(shown))
+    shown = np.column_stack((queries, nearest[queries]))  # (12, 6): the query, those nearest to it
+    batches = data.centre_crops(rows[shown.ravel()], patches.size, args.crop, shown.size)
     (s1, s2, *_), = data.loader(patches, batches, args.crop)
-    strip = np.concatenate(s2[len(queries):].numpy(), 2)  # (c, h, all widths), of one brightness
-    picture, colours = data.composite(strip, patches.bands["s2"])
-    pictures = iter(np.split(picture, nearest[queries].size, axis=1))
-    figure, axes = data.new_figure(1 + nearest.shape[1], len(queries), figsize=(13.8, 7.6),
+    pictures, colours = data.composite(s2.numpy(), patches.bands["s2"])
+    figure, axes = data.new_figure(*shown.T.shape, figsize=(13.8, 7.6),
                                    subplot_kw={"xticks": [], "yticks": []})
-    for query, radar, (top, *below) in zip(queries, s1[:, 0].numpy(), axes.T):
-        top.imshow(radar, cmap="gray", vmin=-2500, vmax=0)  # 1/100 dB
-        for axis, candidate in zip(below, nearest[query]):
-            axis.imshow(next(pictures))
-            if candidate == query:
-                axis.spines[:].set(color="#00c853", linewidth=4)
+    for k, (column, line) in enumerate(np.ndindex(shown.shape)):
+        axis = axes[line, column]
+        image = pictures[k] if line else s1[k, 0]
+        axis.imshow(image, cmap="gray", vmin=-2500, vmax=0)  # 1/100 dB; colours stay as they are
+        if line and shown[column, line] == queries[column]:
+            axis.spines[:].set(color="#00c853", linewidth=4)
     figure.suptitle(f"{title}\n{patches.bands['s1'][0]} of Sentinel-1; below it the nearest of "
                     f"Sentinel-2, {colours}, the right one framed", fontsize=10)
     figure.savefig(args.retrieve, dpi=110)
@@ -424,26 +421,27 @@ def evaluation_parser(description):
 
 def read_options(parser):
     """-> options, content of --checkpoint or {}. CheckpointError where they contradict it."""
-    args, content = parser.parse_args(), {}
-    if args.checkpoint:
-        content = models.load_checkpoint(args.checkpoint)
-        held = {name: content[name] for name in ("method", "arch", "scale")}
-        held["bands"] = [*content["bands"]["s1"], *content["bands"]["s2"]]
-        parser.set_defaults(**held, crop=content["args"].get("crop", 128))
-        args = parser.parse_args()
-        if vars(args) | held != vars(args):
-            raise models.CheckpointError(f"{args.checkpoint}: holds {held}: leave --method, "
-                                         "--arch, --scale and --bands out")
+    args = parser.parse_args()
+    if not args.checkpoint:
+        return args, {}
+    content = models.load_checkpoint(args.checkpoint)
+    held = {name: content[name] for name in ("method", "arch", "scale")}
+    held["bands"] = [*content["bands"]["s1"], *content["bands"]["s2"]]
+    parser.set_defaults(**held, crop=content["args"].get("crop", 128))
+    args = parser.parse_args()
+    if vars(args) | held != vars(args):
+        raise models.CheckpointError(f"{args.checkpoint}: holds {held}: leave --method, --arch, "
+                                     "--scale and --bands out")
     return args, content
 
 
 def open_patches(args, content):
     """-> the store --data with the bands that the encoders take; DataError where it lacks them. It
     counts as simulated where the encoders learnt from simulated data."""
-    patches, method = data.Patches(args.data), models.METHODS[args.method]
-    patches.select(args.bands or method.get("bands", patches.bands["s1"] + patches.bands["s2"]))
-    for sensor in "+".join(method["inputs"]).split("+"):
-        if not patches.bands[sensor]:
+    method = models.METHODS[args.method]
+    patches = data.Patches(args.data, args.bands or method.get("bands"))
+    for sensor, bands in patches.bands.items():
+        if sensor in "+".join(method["inputs"]) and not bands:
             raise data.DataError(f"--bands: {args.method} needs bands of {sensor}")
     patches.simulated = patches.simulated or content.get("simulated", False)
     return patches.hold(args.device) if args.cache else patches
@@ -454,17 +452,18 @@ def open_labelled(args, content):
     patches, smallest = open_patches(args, content), min(args.label_fraction)
     if not 0 < smallest <= max(args.label_fraction) <= 1:
         raise data.DataError("--label-fraction: above 0 and at most 1")
-    labels, train, test = patches.labels, patches.rows_of("validation"), patches.rows_of("test")
-    if labels is None:
+    if patches.labels is None:
         raise data.DataError(f"{args.data}: no class maps: pack a tree that has them")
-    if not all((labels[rows] != IGNORE).any() for rows in (train, test)):
-        raise data.DataError(f"{args.data}: needs labelled patches of the splits `validation` "
-                             f"(trained on) and `test`; it has {len(train)} and {len(test)}")
-    counts = np.bincount(labels[train], minlength=IGNORE)
-    if few := [name for name, n in zip(patches.classes, counts) if round(smallest * n) < 1]:
+    train_rows, test_rows = patches.rows_of("validation"), patches.rows_of("test")
+    if not all((patches.labels[rows] != IGNORE).any() for rows in (train_rows, test_rows)):
+        raise data.DataError(
+            f"{args.data}: needs labelled patches of the splits `validation` (trained on) and "
+            f"`test`; it has {len(train_rows)} and {len(test_rows)}")
+    counts = np.bincount(patches.labels[train_rows], minlength=IGNORE)
+    if few := [name for name, n in zip(patches.classes, counts) if n and round(smallest * n) < 1]:
         print(f"{smallest:.1%} of the training patches of {', '.join(few)} is less than one")
-    stats = content["stats"] if content else patches.stats(train)
-    return patches, train, test, {"scale": args.scale, "stats": stats}
+    stats = content["stats"] if content else patches.stats(train_rows)
+    return patches, train_rows, test_rows, {"scale": args.scale, "stats": stats}
 
 
 def describe(args, content, patches, *names):
@@ -472,9 +471,10 @@ def describe(args, content, patches, *names):
     names = "crop", "scale", "arch", "label_sampling", *names
     settings = {name: getattr(args, name) for name in names}
     settings["precision"] = models.resolve_precision(args.precision, args.device)
-    return {"method": args.method, "checkpoint": file_hash(args.checkpoint) if content else None,
-            "data": patches.identity(), "classes": patches.classes,
-            "simulated": patches.simulated, "args": {**settings, "bands": patches.bands}}
+    weights = Path(args.checkpoint).read_bytes() if content else None
+    return {"method": args.method, "data": patches.identity(), "classes": patches.classes,
+            "simulated": patches.simulated, "args": {**settings, "bands": patches.bands},
+            "checkpoint": weights and hashlib.sha256(weights).hexdigest()[:12]}
 
 
 def main():

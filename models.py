@@ -9,13 +9,13 @@
 Knows no files but checkpoints. This file can be copied alone; it needs torch and torchvision.
 """
 import argparse
-import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -59,52 +59,43 @@ def resnet(arch, bands):
     return network
 
 
-class VGGBlock(nn.Module):
-    """Two of (3x3 convolution, batch norm, ReLU)."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        layers = []
-        for channels in (inputs, outputs):
-            layers.append(nn.Conv2d(channels, outputs, 3, padding=1))
-            layers += nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x):
-        return self.layers(x)
+def vgg_block(inputs, outputs):
+    """Two of (3x3 convolution, batch norm, ReLU), named as in the released weights."""
+    layers = nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
+        nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(OrderedDict(layers=layers))
 
 
-class VGG(nn.Module):
+class VGG(nn.Sequential):
     """Encoder of MMA (after Windsor et al. 2021): (N, bands, h, w) -> map (N, 256, h/8, w/8)."""
     features = 256
 
     def __init__(self, bands):
-        super().__init__()
-        self.convs1 = VGGBlock(bands, 64)
-        self.convs2 = VGGBlock(64, 128)
-        self.convs3 = VGGBlock(128, 256)
-        self.convs4 = VGGBlock(256, 256)
+        super().__init__(OrderedDict(
+            convs1=vgg_block(bands, 64), pool1=nn.MaxPool2d(2),
+            convs2=vgg_block(64, 128), pool2=nn.MaxPool2d(2),
+            convs3=vgg_block(128, 256), pool3=nn.MaxPool2d(2),
+            convs4=vgg_block(256, 256)))
 
-    def forward(self, x):
-        x = F.max_pool2d(self.convs1(x), 2)
-        x = F.max_pool2d(self.convs2(x), 2)
-        x = F.max_pool2d(self.convs3(x), 2)
-        return self.convs4(x)
+
+def bands_of(bands, name):
+    """Names of the bands that an encoder takes: `s1`, `s2`, or `s1+s2` for both stacked.
+    bands: {"s1": names, "s2": names}, as data.Patches.bands."""
+    return [band for sensor in name.split("+") for band in bands[sensor]]
 
 
 def make_encoders(method, bands, arch="resnet18"):
-    """-> ModuleDict of a method's encoders by input: `s1`, `s2`, or `s1+s2` for stacked bands.
-    bands: {"s1": [names], "s2": [names]} as in data.Patches.bands."""
+    """-> ModuleDict of a method's encoders by input, see bands_of()."""
     encoders = nn.ModuleDict()
     for name in METHODS[method]["inputs"]:
-        count = sum(len(bands[sensor]) for sensor in name.split("+"))
+        count = len(bands_of(bands, name))
         encoders[name] = VGG(count) if method == "mma" else resnet(arch, count)
     return encoders
 
 
 def encode(encoders, s1, s2):
-    """Network input of both sensors -> {input: features (N, D) or map (N, 256, h/8, w/8)} of each
-    encoder."""
+    """Network input of both sensors -> {input: features (N, D) or map (N, 256, h/8, w/8)}."""
     inputs = {"s1": s1, "s2": s2}
     if "s1+s2" in encoders:
         inputs["s1+s2"] = torch.cat((s1, s2), 1)
@@ -140,12 +131,14 @@ class Contrastive(nn.Module):
             a, b = self.heads["s1"](a), self.heads["s2"](b)
         return a.float(), b.float()
 
-    def loss(self, a, b, temperature, first=0, n=None):
-        """Loss of the n places from `first` on (default: of all) among the embeddings of all N."""
-        if self.method != "mma":
+    def loss(self, a, b, temperature, first=0, n=None, across=False):
+        """Loss of the n places from `first` on (default: of all) among the embeddings of all N.
+        across: the negatives are of the other sensor alone, as MMA's always are (and as in CLIP,
+        Radford et al. 2021), else of both."""
+        if self.method != "mma" and not across:
             return nt_xent(a, b, temperature, first, n)
-        rows = mma_similarity(a[first:][:n], b)
-        columns = None if n is None else mma_similarity(b[first:][:n], a)
+        rows = self.similarity(a[first:][:n], b)
+        columns = None if len(rows) == len(b) else self.similarity(b[first:][:n], a)
         return info_nce(rows, temperature, columns, first)
 
     def similarity(self, a, b):
@@ -191,8 +184,7 @@ def nt_xent(z1, z2, temperature, first=0, n=None):
 
     z1, z2: (N, d), of any length; row i of both is one place. Each of the 2N rows picks its
     partner among the 2N - 1 others by cosine similarity / temperature; mean cross-entropy ->
-    scalar. first, n: as one of several processes, only the rows of the n places from `first` on.
-    """
+    scalar. first, n: as one of several processes, only the rows of the n places from `first` on."""
     places, n = len(z1), len(z1) if n is None else n
     z = F.normalize(torch.cat((z1, z2)), dim=1)
     left = torch.arange(first, first + n, device=z.device)
@@ -212,16 +204,13 @@ def mma_similarity(m1, m2):
     locations = m2.shape[2] * m2.shape[3]
     if m1.shape[2:] == m2.shape[2:]:
         return m1.flatten(1) @ m2.flatten(1).T / locations
-    if m1.shape[2] < m2.shape[2] or m1.shape[3] < m2.shape[3]:
-        raise ValueError(f"m1 {[*m1.shape]} is smaller than m2 {[*m2.shape]}: exchange them")
     return F.conv2d(m1, m2).amax((2, 3)) / locations  # maximum of (N, M, H - h + 1, W - w + 1)
 
 
 def info_nce(similarity, temperature, columns=None, first=0):
     """Symmetric InfoNCE: mean cross-entropy towards the diagonal of similarity / temperature, over
-    rows and over columns, mean of both -> scalar. similarity: (N, N); or, in one of several
-    processes, its rows from `first` on (n, N), and `columns` (n, N), the same columns transposed.
-    """
+    rows and over columns, mean of both -> scalar. similarity: (N, N); in one of several processes
+    its rows from `first` on, (n, N), and `columns`, (n, N), the same columns transposed."""
     target = torch.arange(first, first + len(similarity), device=similarity.device)
     columns = similarity.T if columns is None else columns
     loss = F.cross_entropy(similarity / temperature, target)
@@ -257,12 +246,11 @@ def save_checkpoint(path, model, **content):
     whole or not at all; that of a Contrastive before it is kept as `previous.pt`, so that one of
     the two always is. Raises CheckpointError."""
     path, classifies = Path(path), isinstance(model, Classifier)
-    heads = {} if classifies else model.heads
-    content = {
-        "format": CHECKPOINT_FORMAT, **content,
-        "encoders": {name: encoder.state_dict() for name, encoder in model.encoders.items()},
-        "heads": {name: head.state_dict() for name, head in heads.items()},
-        "versions": {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}}
+    versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
+    content = {"format": CHECKPOINT_FORMAT, **content, "versions": versions}
+    for part in ("encoders", "heads"):
+        modules = getattr(model, part, {})
+        content[part] = {name: module.state_dict() for name, module in modules.items()}
     if classifies:
         content["fc"] = model.fc.state_dict()
     buffer = io.BytesIO()  # since torch's own writer does not always name a full disk
@@ -270,15 +258,14 @@ def save_checkpoint(path, model, **content):
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as handle:
-            handle.write(buffer.getbuffer())
-            handle.flush()
-            os.fsync(handle.fileno())
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path}: cannot be written ({reason}); the one before it is kept. "
-                              "Free space and start the same command again") from None
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror}); the one before it is "
+                              "kept. Free space and start the same command again") from None
     if path.exists() and not classifies:
         path.replace(path.with_name("previous.pt"))
     temporary.replace(path)
@@ -297,7 +284,7 @@ def load_checkpoint(path):
         raise CheckpointError(
             f"{path}: neither a checkpoint of this version nor weights released with the paper")
     content = {"classes": CLASSES, **content, "file": str(path)}  # older ones do not name classes
-    refuse_unfit(path, content)
+    refuse_unknown(path, content)
     return content
 
 
@@ -308,65 +295,40 @@ def read_weights(path):
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; python pretrain.py writes it") from None
     except Exception as error:  # a foreign file can raise anything in the unpickler
+        reason = (f"truncated or not a checkpoint ({type(error).__name__}): "
+                  "remove it, and a run goes on from previous.pt")
         if needs := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"{path}: holds code or objects ({needs[1]}), not only weights; it was not read, "
-                "since that would run code from the file") from error
-        kind = type(error).__name__
-        raise CheckpointError(f"{path}: truncated or not a checkpoint ({kind})") from error
+            reason = f"not read, since it would run code: it holds {needs[1]}, not only weights"
+        raise CheckpointError(f"{path}: {reason}") from error
     return content if isinstance(content, dict) else {}
 
 
 def released_resnets(weights):
     """The authors' state_dict of both ResNets -> content of a checkpoint."""
-    encoders, heads = {}, {}
+    content = {**RELEASED, "method": "d-simclr", "encoders": {}, "heads": {}}
     for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2.")):
-        network = below(prefix, weights)
-        heads[sensor] = below("fc.", network)  # fc.0, fc.2: the layers of our heads
-        encoders[sensor] = {key: network[key] for key in network if not key.startswith("fc.")}
-    content = {**RELEASED, "method": "d-simclr", "encoders": encoders}
-    if "layer1.0.conv3.weight" in encoders["s1"]:
+        keys = [key.removeprefix(prefix) for key in weights if key.startswith(prefix)]
+        network = {key: weights[prefix + key] for key in keys}
+        head = [key for key in keys if key.startswith("fc.")]  # fc.0, fc.2: the layers of our heads
+        content["heads"][sensor] = {key.removeprefix("fc."): network.pop(key) for key in head}
+        content["encoders"][sensor] = network
+    if "layer1.0.conv3.weight" in network:
         content["arch"] = "resnet50"
-    layers = {"0.weight", "0.bias", "2.weight", "2.bias"}
-    if all(head.keys() == layers for head in heads.values()):
-        content["heads"] = heads
+    if not all("2.weight" in head for head in content["heads"].values()):
+        content["heads"] = {}
     return content
 
 
-def below(prefix, weights):
-    """The entries of a state_dict whose names begin with the prefix, without it."""
-    return {key.removeprefix(prefix): weights[key] for key in weights if key.startswith(prefix)}
-
-
-def refuse_unfit(path, content):
-    """Raise CheckpointError where weights or a statistic are missing, or do not fit the bands
-    that are named."""
-    missing = [key for key in ("method", "encoders", *RELEASED) if key not in content]
-    if missing:
-        raise CheckpointError(f"{path}: a checkpoint without {', '.join(missing)}")
+def refuse_unknown(path, content):
+    """Raise CheckpointError for a network or a scaling that this version cannot make."""
     for key, known in (("method", METHODS), ("arch", ARCHITECTURES), ("scale", SCALING)):
-        if content[key] not in known:
-            names = ", ".join(known)
-            raise CheckpointError(f"{path}: {key} {content[key]!r} is not one of {names}")
-    for sensor in METHODS[content["method"]]["inputs"]:
-        bands, weights = bands_of(content, sensor), content["encoders"].get(sensor, {})
-        first = weights.get("conv1.weight", weights.get("convs1.layers.0.weight"))
-        if first is None:
-            raise CheckpointError(f"{path}: no weights for {sensor}")
-        if first.shape[1] != len(bands):
-            raise CheckpointError(f"{path}: the weights for {sensor} take {first.shape[1]} bands, "
-                                  f"not the {len(bands)} that it names: {' '.join(bands)}")
-    for sensor, bands in content["bands"].items():
-        stats = (content["stats"] or {}).get(sensor) or {}
-        for key in ("mean", "std") if content["scale"] == "standard" else ():
-            if len(stats.get(key) or ()) != len(bands):
-                raise CheckpointError(f"{path}: scale `standard` without the {key} of every band "
-                                      f"of {sensor}")
-
-
-def bands_of(content, name):
-    """Names of the bands that the encoder `s1`, `s2` or `s1+s2` takes."""
-    return [band for sensor in name.split("+") for band in content["bands"][sensor]]
+        if content.get(key) not in known:
+            raise CheckpointError(f"{path}: {key} {content.get(key)!r} is not one of {[*known]}")
+    for sensor, bands in content["bands"].items() if content["scale"] == "standard" else ():
+        stats = (content["stats"] or {}).get(sensor, {})
+        if not len(stats.get("mean", ())) == len(stats.get("std", ())) == len(bands):
+            raise CheckpointError(
+                f"{path}: scale `standard` without mean and std of every band of {sensor}")
 
 
 def load_encoders(checkpoint):
@@ -376,11 +338,11 @@ def load_encoders(checkpoint):
     encoders = make_encoders(content["method"], content["bands"], content["arch"])
     for name, encoder in encoders.items():
         try:
-            encoder.load_state_dict(content["encoders"][name])
+            encoder.load_state_dict(content["encoders"].get(name, {}))
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{content['file']}: the weights for {name} are not those of "
-                                  f"{content['arch']}: {reason}") from None
+            raise CheckpointError(f"{content['file']}: the weights for {name} do not fit "
+                                  f"{content['arch']} and {content['bands']}: {reason}") from None
     return encoders.eval(), {key: content[key] for key in ("scale", "stats", "bands")}
 
 
@@ -403,86 +365,55 @@ def load_classifier(checkpoint):
 
 # ---------------------------------------- export
 
-UNITS = {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"}
-UNITS["s1+s2"] = f"{UNITS['s1']}, then {UNITS['s2']}"
+# From S1 in dB and S2 as reflectance x 10,000 to network input, as data.to_input() does it.
 SCALING = {
-    "patch-max": "S1 clipped to -25..0, plus 25; S2 clipped to 0..10000; then each channel / (its "
-                 "own maximum + 1e-5)",
+    "patch-max": "S1 clipped to -25..0, plus 25; S2 to 0..10000; each channel / (its max + 1e-5)",
     "fixed": "S1 clipped to -25..0, plus 25, / 25; S2 clipped to 0..10000, / 10000",
     "standard": "(value - mean) / std of the band; missing S1 becomes 0"}
-LOADING = {
-    "ResNet": "net = torchvision.models.{arch}(); "
-              "net.conv1 = torch.nn.Conv2d({bands}, 64, 7, 2, 3, bias=False); "
-              "net.fc = torch.nn.Identity(); net.load_state_dict(torch.load('{name}.pt')); "
-              "or in the first place "
-              "net = timm.create_model('{arch}', in_chans={bands}, num_classes=0)",
-    "VGG": "net = models.VGG({bands}); net.load_state_dict(torch.load('{name}.pt'))",
-    "fc": "torch.load('fc.pt'): weight (classes, features) and bias (classes,); logits = features "
-          "of the encoders side by side, maps averaged, @ weight.T + bias"}
-LICENCE = ("Trained on data that contain modified Copernicus Sentinel data, which are free for any "
-           "use with that notice.")
+LICENCE = "contains modified Copernicus Sentinel data, which must be named wherever it is used"
 
 
-def export(checkpoint, out, results=None):
+def export(checkpoint, out):
     """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, of a classifier its last
-    layer, OUT/fc.pt, and OUT/card.json: all that a user must know. results: results.jsonl of
-    linear_eval.py, whose scores of this checkpoint go on the card. -> the card."""
+    layer, OUT/fc.pt, and OUT/card.json: all that a user must know. -> the card."""
     content, out = load_checkpoint(checkpoint), Path(out)
     encoders, _ = load_encoders(content)
-    identity = hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12]  # as in results.jsonl
-    card = {"method": METHODS[content["method"]]["title"], "simulated": content["simulated"],
-            "scale": content["scale"], "scaling": SCALING[content["scale"]],
-            "stats": content["stats"], "sensors": {},
-            "classes": content["classes"], "data": content.get("data"),
-            "epochs": content.get("epoch"), "retrieval": content.get("retrieval"),
-            "scores": scores_of(identity, results) if results else content.get("scores", []),
-            "licence": "simulated data, free" if content["simulated"] else LICENCE,
-            "settings": content["args"], "checkpoint": identity}
+    card = {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12],
+            "licence": "of simulated data" if content["simulated"] else LICENCE, "sensors": {},
+            "units": {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"},
+            "scaling": SCALING[content["scale"]]}
+    for key in ("method", "simulated", "scale", "stats", "classes", "data", "epoch", "retrieval",
+                "scores", "args"):
+        card[key] = content.get(key)
     out.mkdir(parents=True, exist_ok=True)
     for name, encoder in encoders.items():
         weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
         torch.save(weights, out / f"{name}.pt")
-        bands, load = bands_of(content, name), LOADING[type(encoder).__name__]
-        load = load.format(arch=content["arch"], bands=len(bands), name=name)
-        card["sensors"][name] = {
-            "file": f"{name}.pt", "bands": bands, "unit": UNITS[name], "load": load,
-            "features": encoder.features, **(content["stats"] or {}).get(name, {})}
+        bands = bands_of(content["bands"], name)
+        network = f"timm.create_model('{content['arch']}', in_chans={len(bands)}, num_classes=0)"
+        if content["method"] == "mma":
+            network = f"models.VGG({len(bands)})"
+        card["sensors"][name] = {"bands": bands, "features": encoder.features, "network": network}
     if "fc" in content:
         torch.save(content["fc"], out / "fc.pt")
-        card["classifier"] = {"file": "fc.pt", "task": content["task"], "load": LOADING["fc"]}
+        card["classifier"] = {"file": "fc.pt", "task": content["task"]}
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
     return card
-
-
-def scores_of(identity, results):
-    """What results.jsonl says of the checkpoint with this identity."""
-    keep = ("protocol", "probe", "sensors", "task", "label_fraction", "seed", "classes",
-            "average", "overall")
-    lines = []
-    for text in Path(results).read_text().splitlines():
-        with contextlib.suppress(ValueError):  # a kill may have cut a line off
-            lines.append(json.loads(text))
-    lines = [line for line in lines if line.get("checkpoint") == identity]
-    return [{key: line.get(key) for key in keep} for line in lines]
 
 
 def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("export", help="each encoder as a plain state_dict, and a card")
-    command.add_argument("checkpoint", help="last.pt of a run, or the file released with the paper")
-    command.add_argument("out", help="folder to write")
-    command.add_argument("--results", help="results.jsonl, for its scores of this checkpoint")
+    parser.add_argument("command", choices=["export"])
+    parser.add_argument("checkpoint", help="last.pt of a run, or the file released with the paper")
+    parser.add_argument("out", help="folder to write")
     args = parser.parse_args()
     try:
-        card = export(args.checkpoint, args.out, args.results)
+        card = export(args.checkpoint, args.out)
     except (CheckpointError, OSError) as error:
         print(f"models.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    files = [sensor["file"] for sensor in card["sensors"].values()]
-    files += ["fc.pt"] * ("classifier" in card)
-    print(f"wrote {args.out}/card.json, {', '.join(files)}")
+    print(f"wrote {args.out}/card.json, {' '.join(card['sensors'])}")
 
 
 if __name__ == "__main__":

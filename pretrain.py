@@ -5,10 +5,9 @@
     torchrun --nproc-per-node 8 pretrain.py --data STORE     # --batch-size stays the global one
 
 In --out: last.pt (all that is needed to go on or to evaluate), previous.pt, log.jsonl, curve.png.
-The same command started again goes on at the step where it was; SIGTERM and Ctrl-C save first. On
-the CPU it ends in the same bits as if never stopped; on a GPU the order of the data is exact, and
-cuDNN chooses its algorithms anew. Every --eval-every epochs the encoders look up held-out places:
-which of the candidates' Sentinel-2 patches belongs to this Sentinel-1 patch, and the other way.
+The same command started again goes on at the step where it was, on the CPU to the same bits as if
+never stopped; SIGTERM and Ctrl-C save first. Every --eval-every epochs the encoders look up
+held-out places: which Sentinel-2 patch belongs to this Sentinel-1 patch, and the other way.
 """
 import argparse
 import json
@@ -24,24 +23,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
 import data
 import models
 
 FREE = {"out", "threads", "cache", "device", "log_every", "eval_every"}  # to change in a run
-AGREE = 8  # steps between two agreements of several processes on stopping
+JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
 def arguments():
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--method", default="d-simclr", choices=("d-simclr", "mma", "simclr-rgb"))
     add("--data", default="datasets/sen12ms", help="store (default %(default)s)")
     add("--out", help="folder of the run (default runs/METHOD)")
     # The published settings: the released code's; those of MMA were not released.
-    add("--arch", default="resnet18", choices=("resnet18", "resnet50"), help="of all but mma")
+    add("--arch", default="resnet18", choices=models.ARCHITECTURES, help="of all but mma")
     add("--epochs", type=data.positive, default=200)
     add("--batch-size", type=data.positive, default=200, help="over all processes (default 200)")
     add("--crop", type=data.positive, default=128, help="side in px (default 128)")
@@ -51,6 +51,7 @@ def arguments():
     add("--temperature", type=float, help="default 0.07, 0.1 for mma")
     add("--scale", default="patch-max", choices=data.SCALES, help="default patch-max, as published")
     # What the published study does not have.
+    add("--recipe", default="poster", choices=("poster", "ours"), help="ours: fewer negatives")
     add("--bands", nargs="+", metavar="BAND", help="default all; B4 B3 B2 for simclr-rgb")
     add("--seed", type=int, default=0)
     add("--holdout", type=float, default=0.02, help="share of scenes, where no split is `test`")
@@ -59,7 +60,7 @@ def arguments():
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
-    add("--cache", choices=("device",), help="hold the data in the device's memory")
+    add("--cache", choices=["device"], help="hold the data in the device's memory")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--log-every", type=data.positive, default=10, help="steps, in log.jsonl (default 10)")
     args = parser.parse_args()
@@ -82,8 +83,7 @@ def join_processes(args):
         raise data.DataError(f"--batch-size {args.batch_size} does not divide by {world} processes")
     if world > 1:  # torchrun keeps its store over a restart, with the addresses of the dead
         store, *_ = next(dist.rendezvous("env://"))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return rank, world, device
@@ -93,24 +93,19 @@ def gather(x, world):
     """(n, ...) of this process -> (world * n, ...) of all, in the order of the processes."""
     if world == 1:
         return x
-    x = x.contiguous()  # MMA's maps have their channels last
     everyone = x.new_empty(world * len(x), *x.shape[1:])
-    dist.all_gather(list(everyone.chunk(world)), x)
+    dist.all_gather(list(everyone.chunk(world)), x.contiguous())
     return everyone
 
 
 def open_patches(args, device):
     """The store with the bands that the method takes."""
-    patches = data.Patches(args.data)
     rgb = args.method == "simclr-rgb"
-    needs = "three of Sentinel-2" if rgb else "bands of both sensors"
-    bands = args.bands or (models.RGB if rgb else patches.bands["s1"] + patches.bands["s2"])
-    try:
-        s1, s2 = patches.select(bands).bands.values()
-    except data.DataError as error:
-        raise data.DataError(f"{error}. {args.method} takes {needs}, see --bands") from None
+    patches = data.Patches(args.data, args.bands or (models.RGB if rgb else None))
+    s1, s2 = patches.bands.values()
     if not (len(s2) == 3 if rgb else s1 and s2):
-        raise data.DataError(f"--bands {' '.join(bands)}: {args.method} takes {needs}")
+        needs = "three of Sentinel-2" if rgb else "bands of both sensors"
+        raise data.DataError(f"--bands {s1 + s2}: {args.method} takes {needs}")
     return patches.hold(device) if args.cache else patches
 
 
@@ -130,9 +125,8 @@ def network_inputs(s1, s2, args, stats, step, rank):
     if args.method == "simclr-rgb":
         scale = "patch-max" if args.scale == "patch-max" else "fixed"  # colours in 0..1
         _, colours = data.to_input(s1, s2, scale)
-        mine = slice(rank * len(s2), (rank + 1) * len(s2))
-        draws = [draw[:, mine] for draw in draw_views(args.batch_size, args.seed, step)]
-        inputs = two_views(colours, *draws)
+        numbers, orders = draw_views(args.batch_size, args.seed, step)  # of all processes
+        inputs = two_views(colours, numbers[:, rank * len(s2):][:, :len(s2)], orders)
         if args.scale == "standard":
             inputs = [data.standardise(view * 10_000, stats["s2"]) for view in inputs]
     else:
@@ -141,57 +135,45 @@ def network_inputs(s1, s2, args, stats, step, rank):
 
 
 def draw_views(count, seed, step):
-    """Parameters of two views of `count` images as in Chen et al. 2020: arrays (2, count, ...)."""
+    """What is random in two views of `count` images (Chen et al. 2020) -> (2, count, 12): a crop as
+    F.affine_grid takes it, a factor for jitter() of each kind, that of saturation again for grey,
+    px for blur(); (2, 4): the order of the kinds, which all images of a view share."""
     rng = np.random.default_rng((seed, step, 1))  # (seed, epoch) draws the places of the crops
     shape = 2, count
-    ratio = np.exp(rng.uniform(-1, 1, shape) * math.log(4 / 3))
+    ratio = (4 / 3) ** rng.uniform(-1, 1, shape)
     area = rng.uniform(0.08, np.minimum(ratio, 1 / ratio))  # at most what fits into the image
-    sides = np.sqrt((area * ratio, area / ratio))  # width and height, of the image's
-    crop = np.zeros((*shape, 2, 3))  # as F.affine_grid takes it
-    crop[..., 0, 0], crop[..., 1, 1] = sides
-    crop[..., 0, 0] *= rng.choice((-1, 1), shape)  # mirrored or not
-    crop[..., 0, 2], crop[..., 1, 2] = (1 - sides) * rng.uniform(-1, 1, sides.shape)
-    order = rng.permuted(np.tile(range(4), (*shape, 1)), axis=2)
-    order[rng.random(shape) < 0.2] = -1  # no jitter
-    factors = rng.uniform((0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2), order.shape)
-    grey = rng.random(shape) < 0.2
-    sigma = rng.uniform(0.1, 2, shape) * (rng.random(shape) < 0.5)  # px, 0 for no blur
-    return crop, order, factors, grey, sigma
+    width, height = sides = np.sqrt((area * ratio, area / ratio))  # of the image's
+    x, y = (1 - sides) * rng.uniform(-1, 1, sides.shape)
+    mirrored, zero = rng.choice((-1, 1), shape), np.zeros(shape)
+    jittered = rng.random(shape) < 0.8
+    factors = 1 + jittered * rng.uniform(-0.8, 0.8, (3, *shape))
+    hue = jittered * rng.uniform(-0.2, 0.2, shape)
+    colour = rng.random(shape) >= 0.2
+    sigma = np.where(rng.random(shape) < 0.5, rng.uniform(0.1, 2, shape), 0.01)  # 0.01: sharp
+    numbers = mirrored * width, zero, x, zero, height, y, *factors, hue, colour, sigma
+    return np.stack(numbers, 2), rng.permuted([range(4), range(4)], axis=1)
 
 
-def two_views(images, *draws):
-    """(N, 3, h, w) colours in 0..1, arrays (2, N, ...) of draw_views -> two of (N, 3, h, w)."""
-    crop, order, factors, grey, sigma = (draw.reshape(-1, *draw.shape[2:]) for draw in draws)
-    views = torch.cat((images, images))
-    grid = F.affine_grid(send(crop, views.device).float(), views.shape, align_corners=False)
-    views = F.grid_sample(views, grid, padding_mode="border", align_corners=False)
-    for turn in order.T:
-        for number, kind in enumerate(("brightness", "contrast", "saturation", "hue")):
-            change(views, turn == number, partial(jitter, kind), factors[:, number])
-    change(views, grey, partial(jitter, "saturation"), np.zeros(len(views)))
-    change(views, sigma > 0, blur, sigma)
-    return views.chunk(2)
-
-
-def change(images, chosen, operation, strength):
-    """images[chosen] = operation(images[chosen], strength[chosen]); arrays (N,) of the host."""
-    index = np.flatnonzero(chosen)
-    if len(index):
-        strength = send(strength[index], images.device).float()[:, None, None, None]
-        index = send(index, images.device)
-        images[index] = operation(images[index], strength)
-
-
-def send(array, device):
-    """An array of the host as a tensor on the device, without waiting for it."""
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def two_views(images, numbers, orders):
+    """(N, 3, h, w) colours in 0..1, and what draw_views() drew for them -> two of (N, 3, h, w)."""
+    numbers, views = torch.from_numpy(numbers).float(), []
+    if images.is_cuda:
+        numbers = numbers.pin_memory().to(images.device, non_blocking=True)
+    for drawn, order in zip(numbers, orders):  # of one view
+        grid = F.affine_grid(drawn[:, :6].unflatten(1, (2, 3)), images.shape, align_corners=False)
+        view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+        *factors, colour, sigma = drawn[:, 6:, None, None, None].unbind(1)
+        for number in order:
+            view = jitter(JITTER[number], view, factors[number])
+        view = jitter("saturation", view, colour)
+        views.append(blur(view, sigma))
+    return views
 
 
 def jitter(kind, images, factor):
-    """torchvision's adjust_brightness, adjust_contrast, adjust_saturation or adjust_hue."""
-    r, g, b = images.split(1, 1)
-    grey = 0.2989 * r + 0.587 * g + 0.114 * b  # (N, 1, h, w)
+    """torchvision's adjust_brightness, adjust_contrast, adjust_saturation or adjust_hue of images
+    (N, 3, h, w) in 0..1. factor: (N, 1, 1, 1), 1 leaves an image as it is, of a hue 0."""
+    grey = rgb_to_grayscale(images)  # (N, 1, h, w)
     if kind == "hue":
         value, brightest = images.max(1, keepdim=True)
         chroma = value - images.amin(1, keepdim=True)
@@ -200,11 +182,8 @@ def jitter(kind, images, factor):
         offsets = torch.arange(5, 0, -2, device=images.device)[:, None, None]
         sixths = (sixths + 6 * factor + offsets) % 6  # of a turn on the wheel of colours
         return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
-    if kind == "brightness":
-        return (images * factor).clamp(0, 1)
-    if kind == "contrast":
-        grey = grey.mean((1, 2, 3), keepdim=True)
-    return torch.lerp(grey, images, factor).clamp(0, 1)
+    other = {"brightness": grey * 0, "contrast": grey.mean((1, 2, 3), keepdim=True)}
+    return torch.lerp(other.get(kind, grey), images, factor).clamp(0, 1)
 
 
 def blur(images, sigma):
@@ -224,28 +203,23 @@ def forward_backward(network, cast, loss_of, a, b, micro, rank, world):
 
     The loss sees the embeddings of all processes and micro-batches; its gradient at them then goes
     back through the network, micro-batch by micro-batch (Gao et al. 2021). That is exact but for
-    batch norm, whose statistics are a micro-batch's, and which forgets sooner: it sees each twice.
-    """
+    batch norm, which sees each micro-batch by itself, and twice."""
     batches = list(zip(a.split(micro), b.split(micro)))
     with cast, torch.set_grad_enabled(len(batches) == 1):
-        outputs = [network(*batch) for batch in batches]
-    mine = slice(rank * len(a), (rank + 1) * len(a))
-    leaves = []  # the embeddings of all, off the graph of the network
-    for embeddings in zip(*outputs):
-        leaves.append(gather(torch.cat(embeddings).detach(), world).requires_grad_())
-    loss = loss_of(*leaves, first=mine.start, n=len(a) if world > 1 else None)
+        outputs = [torch.stack(network(*batch), 1) for batch in batches]  # (micro, 2, ...)
+    everyone = gather(torch.cat(outputs).detach(), world).requires_grad_()  # (N, 2, ...)
+    loss = loss_of(*everyone.unbind(1), first=rank * len(a), n=len(a))
     loss.backward()
-    for leaf in leaves if world > 1 else ():
-        dist.all_reduce(leaf.grad)  # what the other processes' rows want of our embeddings
-    gradients = zip(*(leaf.grad[mine].split(micro) for leaf in leaves))
-    for k, gradient in enumerate(gradients):
+    if world > 1:
+        dist.all_reduce(everyone.grad)  # what the other processes' rows want of our embeddings
+    for k, gradient in enumerate(everyone.grad[rank * len(a):][:len(a)].split(micro)):
         if world > 1:  # share the sum over the micro-batches alone, as DDP's no_sync() does
             network.require_backward_grad_sync = k == len(batches) - 1
         if len(batches) > 1:
             with cast:
-                outputs[k] = network(*batches[k])
-        torch.autograd.backward(outputs[k], gradient)
-    return loss.detach(), *(leaf.detach() for leaf in leaves)
+                outputs[k] = torch.stack(network(*batches[k]), 1)
+        outputs[k].backward(gradient)
+    return loss.detach(), *everyone.detach().unbind(1)
 
 
 def learning_rate(step, epoch_steps, args):
@@ -253,18 +227,6 @@ def learning_rate(step, epoch_steps, args):
     total, constant = args.epochs * epoch_steps, args.constant_epochs * epoch_steps
     done = max(0, step - constant) / max(1, total - constant)
     return args.lr * (1 + math.cos(math.pi * done)) / 2
-
-
-def refuse_not_finite(recent, losses, model, patches, args):
-    """Raise where the loss of a recent (step, rows, loss) or now a weight is NaN or infinite."""
-    bad = [k for k, loss in enumerate(losses) if not math.isfinite(loss)]
-    if bad or not torch.stack([weight.isfinite().all() for weight in model.parameters()]).all():
-        step, batch_rows, _ = recent[bad[0] if bad else -1]
-        ids = " ".join(patches.ids[row] for row in batch_rows)
-        what = f"loss {losses[bad[0]]}" if bad else "weights not finite"
-        raise models.CheckpointError(
-            f"{what} at step {step}; the checkpoints in {args.out} are from before it. Try a lower "
-            f"--lr or --precision float32. The batch: {ids}")
 
 
 @torch.no_grad()
@@ -281,8 +243,9 @@ def held_out_retrieval(model, patches, crops, args, stats, device, cast):
             embeddings.append(model(*inputs))
     model.train()
     similarity = model.similarity(*map(torch.cat, zip(*embeddings)))
-    return {"candidates": len(similarity),
-            forth: models.retrieval(similarity), back: models.retrieval(similarity.T)}
+    one, other = models.retrieval(similarity), models.retrieval(similarity.T)
+    tqdm.write(f"held out, top-1: {forth} {one['top1']:.1%}, {back} {other['top1']:.1%}")
+    return {"candidates": len(similarity), forth: one, back: other}
 
 
 class Log:
@@ -297,35 +260,28 @@ class Log:
 
     def add(self, **entry):
         self.entries.append(entry)
-        try:
-            with open(self.path, "a") as handle:
-                print(json.dumps(entry), file=handle)
-        except OSError as error:
-            raise models.CheckpointError(f"{self.path}: cannot be written ({error.strerror}). Mend "
-                                         "that and start the same command again") from None
+        with open(self.path, "a") as file:
+            print(json.dumps(entry), file=file)
 
 
-def draw_curve(entries, out, title):
-    """Picture of loss, in-batch retrieval accuracy and held-out retrieval over epochs."""
-    figure, [[left, right]] = data.new_figure(1, 2, figsize=(9, 3.4))
-    steps = [entry for entry in entries if "loss" in entry]
-    epochs = [entry["epoch"] for entry in steps]
-    left.plot(epochs, [entry["loss"] for entry in steps], color="grey")
+def draw_curve(log, title):
+    """Picture of the loss and of held-out retrieval over epochs, beside the log."""
+    figure, [[left, right]] = data.new_figure(1, 2, (9, 3.4))
+    losses = [(entry["epoch"], entry["loss"]) for entry in log.entries if "loss" in entry]
+    left.plot(*zip(*losses))
     left.set(xlabel="epoch", ylabel="loss", title=title)
-    right.plot(epochs, [entry["accuracy"] for entry in steps], color="grey", label="in the batch")
-    lookups = [entry for entry in entries if "retrieval" in entry]
+    lookups = [entry for entry in log.entries if "retrieval" in entry]
     for way in list(lookups[0]["retrieval"])[1:] if lookups else ():
-        points = [(entry["epoch"], entry["retrieval"][way]["top1"]) for entry in lookups]
-        right.plot(*zip(*points), "o-", label=f"held out, {way}")
-    right.set(xlabel="epoch", ylabel="retrieval, top-1", ylim=(0, 1))
-    right.legend()
-    figure.savefig(out, dpi=110)
+        top1 = [(entry["epoch"], entry["retrieval"][way]["top1"]) for entry in lookups]
+        right.plot(*zip(*top1), "o-", label=way)
+        right.legend()
+    right.set(xlabel="epoch", ylabel="held-out retrieval, top-1", ylim=(0, 1))
+    figure.savefig(log.path.with_name("curve.png"))
 
 
 def make_model(args, bands, device, world):
     """-> (models.Contrastive, the same as training calls it, its optimiser)."""
-    # TF32 in convolutions, never in a loss
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True  # TF32 in no loss
     torch.manual_seed(args.seed)
     model = models.Contrastive(args.method, bands, args.arch)
     model = model.to(device, memory_format=torch.channels_last)
@@ -340,132 +296,101 @@ def make_model(args, bands, device, world):
     return model, network, optimizer
 
 
-def resume(args, settings, model, optimizer, rank):
-    """Load the newest whole checkpoint of --out into model and optimiser -> (its step, its
-    retrieval). Settings that would change the result raise models.CheckpointError."""
-    last, previous = args.out / "last.pt", args.out / "previous.pt"
-    for path in filter(Path.exists, (last, previous)):
-        try:
-            content = models.load_checkpoint(path)
-            if "optimizer" not in content:
-                raise models.CheckpointError(f"{path}: weights only, nothing to go on from")
-        except models.CheckpointError as error:
-            if path == previous or not previous.exists():
-                raise models.CheckpointError(f"{error}. Remove {args.out} to begin anew") from None
-            if rank == 0:  # not left where the next checkpoint would push it over previous.pt
-                print(f"{error}: kept as last.bad, going on from previous.pt", file=sys.stderr)
-                path.replace(path.with_suffix(".bad"))
-            continue
-        old = content["args"]
-        changes = "; ".join(f"--{key.replace('_', '-')} {old.get(key)} there, {settings[key]} here"
-                            for key in settings if old.get(key) != settings[key])
-        if changes:
-            raise models.CheckpointError(f"{path}: made with other settings ({changes}): use them, "
-                                         "or another --out")
-        for kind in ("encoders", "heads"):
-            for name, module in getattr(model, kind).items():
-                module.load_state_dict(content[kind][name])
-        optimizer.load_state_dict(content["optimizer"])
-        torch.set_rng_state(content["random"])
-        return content["step"], content["retrieval"]
-    return 0, None
+def resume(args, settings, model, optimizer):
+    """Load the newest checkpoint of --out into model and optimiser -> (its step, its retrieval).
+    CheckpointError where it cannot be read or was made with other settings."""
+    both = args.out / "last.pt", args.out / "previous.pt"  # a kill may leave only the second
+    path = next(filter(Path.exists, both), None)
+    if not path:
+        return 0, None
+    content = models.load_checkpoint(path)
+    old = content["args"]
+    if there := {key: old.get(key) for key in settings if old.get(key) != settings[key]}:
+        raise models.CheckpointError(
+            f"{path}: made with other settings ({there}): use them, or another --out")
+    for kind in ("encoders", "heads"):
+        for name, module in getattr(model, kind).items():
+            module.load_state_dict(content[kind][name])
+    optimizer.load_state_dict(content["optimizer"])
+    torch.set_rng_state(content["random"])
+    return content["step"], content["retrieval"]
 
 
 def moment(device):
-    """Now; of a GPU the moment when it will have done all that it was given so far."""
+    """Now, in s; of a GPU an event when it will have done all that it was given so far."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def seconds(one, other):
-    """From one moment to another, both past."""
-    return other - one if isinstance(one, float) else one.elapsed_time(other) / 1000
+    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
 
 
 def train(args):
     rank, world, device = join_processes(args)
     patches = open_patches(args, device)
     rows, held = data.split_scenes(patches, args.holdout)
-    held = held[np.linspace(0, len(held) - 1, min(len(held), 1000)).astype(int)]
     epoch_steps = len(rows) // args.batch_size
     if not epoch_steps:
-        raise data.DataError(f"--batch-size {args.batch_size}: {args.data} has {len(rows)} patches "
-                             "to train on: choose a smaller batch")
+        raise data.DataError(f"--batch-size {args.batch_size}: only {len(rows)} pairs to train on")
+    held = [] if rank else held[::len(held) // 1000 + 1]  # by the first process, up to 1,000
     held_crops = data.centre_crops(held, patches.size, args.crop, 100)
-    total = args.epochs * epoch_steps
-    stats = patches.stats(rows)
+    total, stats = args.epochs * epoch_steps, patches.stats(rows)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    settings["precision"] = models.resolve_precision(args.precision, device)
-    settings["bands"] = patches.bands["s1"] + patches.bands["s2"]
-    settings["data"] = patches.identity()
-    settings["processes"] = world if device.type == "cpu" else None  # each with its own batch norm
+    settings |= {"precision": models.resolve_precision(args.precision, device),
+                 "bands": patches.bands["s1"] + patches.bands["s2"], "data": patches.identity(),
+                 "processes": world if device.type == "cpu" else None}  # each its own batch norm
     model, network, optimizer = make_model(args, patches.bands, device, world)
     cast = models.autocast(args.precision, device)
+    loss_of = partial(model.loss, temperature=args.temperature, across=args.recipe == "ours")
     args.out.mkdir(parents=True, exist_ok=True)
-    start, retrieval = resume(args, settings, model, optimizer, rank)
+    start, retrieval = resume(args, settings, model, optimizer)
     if (gather(torch.tensor([start]), world) != start).any():
         raise models.CheckpointError(f"{args.out}: not that of the other processes: share one")
     log = Log(args.out / "log.jsonl", start) if rank == 0 else None
-    loss_of = partial(model.loss, temperature=args.temperature)
 
-    def look_up(epoch, step):
-        """Held-out retrieval, logged and printed."""
-        if rank or not len(held):
-            return retrieval
-        result = held_out_retrieval(model, patches, held_crops, args, stats, device, cast)
-        log.add(epoch=epoch, step=step, retrieval=result)
-        line = "epoch {}, {} of {} held out: top-1 {top1:.1%}, top-5 {top5:.1%}, median {median:g}"
-        for way in list(result)[1:]:
-            tqdm.write(line.format(epoch, way, len(held), **result[way]))
-        return result
+    def look_up(step):
+        found = held_out_retrieval(model, patches, held_crops, args, stats, device, cast)
+        log.add(epoch=step // epoch_steps, step=step, retrieval=found)
+        return found
 
-    stopping, stop = [], False  # signals end the run after the step in hand
+    signals = [0]  # they end the run after the step in hand
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopping.append(number))
-    if start == 0:
-        retrieval = look_up(0, 0)
-    model.train()
+        signal.signal(number, lambda number, frame: signals.append(number))
+    if held_crops and not start:
+        retrieval = look_up(step=0)
     batches = batches_from(start, rows, patches.size, args, rank, world)
     feed = data.loader(patches, batches, args.crop, device, args.threads)
-    bar = tqdm(total=total * args.batch_size, initial=start * args.batch_size, unit="pair",
-               unit_scale=True, desc=args.method, disable=rank > 0)
-    recent, waits, clock = [], [], time.perf_counter()
-    for step in range(start + 1, total + 1):
+    bar = tqdm(range(start + 1, total + 1), args.method, total, initial=start, disable=rank > 0)
+    step, stop, waits, clock = start, 0, [], time.perf_counter()
+    for step in bar:
         before = moment(device)
-        s1, s2, _, batch_rows = next(feed)
+        s1, s2, *_ = next(feed)
         waits.append((before, moment(device)))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step - 1, epoch_steps, args)
+        rate = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, epoch_steps, args)
         inputs = network_inputs(s1, s2, args, stats, step, rank)
         micro = args.micro_batch or len(s1)
         loss, a, b = forward_backward(network, cast, loss_of, *inputs, micro, rank, world)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        recent.append((step, batch_rows, loss))  # a loss that is still on the device
 
-        epoch, ends_epoch = step // epoch_steps, step % epoch_steps == 0
-        logs = ends_epoch or step % args.log_every == 0
-        if world == 1 or step % AGREE == 0:
-            # on the host, which need not wait for the device
-            stop = gather(torch.tensor([len(stopping)]), world).any().item()
+        epoch, within = divmod(step, epoch_steps)  # the epochs that are done, and 0 at their end
+        logs = not within or step % args.log_every == 0
+        stop = gather(torch.tensor(signals[-1:]), world).max().item()  # between the hosts
         if logs or stop:  # the only places where the host waits for the device
-            losses = torch.stack([loss for *_, loss in recent])
-            losses = gather(losses[None], world).mean(0).tolist()
-            refuse_not_finite(recent, losses, model, patches, args)
+            loss = gather(loss[None], world).mean().item()
+            norm = torch.nn.utils.get_total_norm(model.parameters())
+            if not math.isfinite(loss + norm):  # once a weight is not, it stays so
+                raise models.CheckpointError(f"loss {loss} at step {step}, norm of the weights "
+                                             f"{norm}: try a lower --lr or --precision float32")
         if logs and rank == 0:
-            pairs = len(recent) * args.batch_size
             accuracy = models.retrieval(model.similarity(a, b))["top1"]
-            log.add(epoch=step / epoch_steps, step=step, loss=losses[-1], accuracy=accuracy,
-                    lr=group["lr"], pairs_per_s=pairs / (time.perf_counter() - clock),
-                    waited_s=sum(seconds(*wait) for wait in waits))
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", top1=f"{accuracy:.1%}", refresh=False)
-            bar.update(pairs)
-        if ends_epoch and (epoch % args.eval_every == 0 or step == total):
-            retrieval = look_up(epoch, step)
-        if rank == 0 and (ends_epoch or stop):
+            pairs_per_s = len(waits) * args.batch_size / (time.perf_counter() - clock)
+            waited = [other - one if device.type == "cpu" else one.elapsed_time(other) / 1000
+                      for one, other in waits]
+            log.add(epoch=step / epoch_steps, step=step, loss=loss, accuracy=accuracy, lr=rate,
+                    pairs_per_s=pairs_per_s, waited_s=sum(waited))
+            bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy:.1%}")
+        if held_crops and not within and (epoch % args.eval_every == 0 or step == total):
+            retrieval = look_up(step)
+        if rank == 0 and (stop or not within):
             models.save_checkpoint(
                 args.out / "last.pt", model, method=args.method, arch=args.arch, scale=args.scale,
                 bands=patches.bands, classes=patches.classes, simulated=patches.simulated,
@@ -475,23 +400,20 @@ def train(args):
         if stop:
             break
         if logs:
-            recent, waits, clock = [], [], time.perf_counter()
+            waits, clock = [], time.perf_counter()
     bar.close()
     if rank == 0:
-        title = "SIMULATED data, " * patches.simulated + args.method
-        draw_curve(log.entries, args.out / "curve.png", title)
-        print(f"stopped at step {step} of {total}; the same command goes on from there" if stop else
-              f"{args.out}/last.pt: all {args.epochs} epochs are done, see curve.png beside it")
+        draw_curve(log, "SIMULATED data, " * patches.simulated + args.method)
+        print(f"{args.out}/last.pt: {step} of {total} steps are done, see curve.png beside it")
     if world > 1:
         dist.destroy_process_group()
     if stop:
-        sys.exit(128 + (stopping or [signal.SIGTERM])[0])
+        sys.exit(128 + stop)
 
 
 def main():
-    args = arguments()
     try:
-        train(args)
+        train(arguments())
     except torch.OutOfMemoryError:
         raise data.DataError("out of memory: choose a --micro-batch, and no --cache") from None
 

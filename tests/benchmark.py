@@ -244,7 +244,7 @@ def peak_of(function, device):
     return (int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before) * 1024
 
 
-def bare_step(device, batch, precision, layout, compiled=False, micro=None):
+def bare_step(device, batch, precision, layout, compiled=False, micro=None, across=False):
     """-> function that makes one D-SimCLR step at 128 px on a batch in memory, and the model."""
     model = models.Contrastive("d-simclr", {"s1": models.S1_BANDS, "s2": models.S2_BANDS})
     model = model.to(device, memory_format=layout)
@@ -253,7 +253,7 @@ def bare_step(device, batch, precision, layout, compiled=False, micro=None):
     inputs = [torch.rand(batch, bands, 128, 128, device=device).to(memory_format=layout)
               for bands in (2, 13)]
     cast = models.autocast(precision, device)
-    loss_of = functools.partial(model.loss, temperature=0.07)
+    loss_of = functools.partial(model.loss, temperature=0.07, across=across)
 
     def step():
         if micro:
@@ -366,7 +366,12 @@ def training():
     table("NT-Xent of N pairs of 128, forward and backward; against lightly's at 4,096 the target is 0.75",
           ("pairs", "", "time", "ours / it", "peak memory", "ours / it"), rows)
 
-    batch, whole = 4 * batches[0], None
+    batch, rows, whole = 4 * batches[0], [], None
+    for recipe in ("poster", "ours"):
+        step, _ = bare_step(device, batch, "auto", torch.channels_last, across=recipe == "ours")
+        rows.append((recipe, f"{batch / seconds(step, 3):.3g}", f"{peak_of(step, device) / 1e6:.4g} MB"))
+    table(f"--recipe, batch {batch}", ("", "pairs/s", "memory of a step"), rows)
+
     rows = []
     for micro in (batch, batch // 2, batch // 4, batch // 8):
         step, _ = bare_step(device, batch, "auto", torch.channels_last, micro=micro)

@@ -14,11 +14,14 @@ import argparse
 import csv
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import rasterio
 from tqdm import tqdm
+
+warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)  # PNGs lie nowhere
 
 LEGEND = {"s1": ["VV"], "s2": ["B12", "B8", "B4"], "classes": {"1": "dry", "2": "flooded"}}
 GUYANA = "2021/GUYANA: its two sensors could not be shown to match"

@@ -1,16 +1,19 @@
 """finetune.py --save and --map: trained classifiers kept, and maps of whole scenes made with them."""
+import functools
+import itertools
 import json
 import os
+import resource
+import shutil
 import signal
-import subprocess
-import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import rasterio
 import torch
-from conftest import ROOT, call, user
+from conftest import CONTEXT, as_main, call, folder, user
 from test_finetune import tune
 
 import data
@@ -48,18 +51,26 @@ def make_scene(height=150, width=170, bands=BANDS, seed=0):
     return s1, s2
 
 
-def write_scene(folder, *args, **kwargs):
+def write_scene(tmp, *args, **kwargs):
     """make_scene() as files S1.tif and S2.tif -> the arrays."""
     images = make_scene(*args, **kwargs)
     for name, image in zip(("S1", "S2"), images):
-        write_tif(folder / f"{name}.tif", image)
+        write_tif(tmp / f"{name}.tif", image)
     return images
 
 
-def write_classifier(path, method="late-fusion", task="single", bands=BANDS, classes=data.CLASSES, crop=32, scale="fixed",
-                     seed=0):
+def write_classifier(path, method="late-fusion", task="single", bands=BANDS, classes=data.CLASSES,
+                     crop=32, scale="fixed"):
     """A classifier that was never trained, its last layer such that all classes occur."""
-    torch.manual_seed(seed)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return shutil.copy(classifier(method, task, json.dumps(bands), tuple(classes), crop, scale), path)
+
+
+@functools.cache
+def classifier(method, task, bands, classes, crop, scale):
+    """-> its file, which lasts as long as the tests."""
+    torch.manual_seed(0)
+    bands, name = json.loads(bands), f"classifier{len(list(folder().glob('classifier*')))}.pt"
     model = models.Classifier(models.make_encoders(method, bands), len(classes)).eval()
     stats = {sensor: {"mean": [-12.0 if sensor == "s1" else 2000.0] * len(names),
                       "std": [4.0 if sensor == "s1" else 400.0] * len(names)} for sensor, names in bands.items()}
@@ -69,24 +80,25 @@ def write_classifier(path, method="late-fusion", task="single", bands=BANDS, cla
         logits = model(*data.to_input(*crops, scale, stats))
         model.fc.weight.div_(logits.std(0)[:, None])
         model.fc.bias.sub_(logits.mean(0)).div_(logits.std(0))
-    models.save_checkpoint(path, model, method=method, arch="resnet18", bands=bands, scale=scale, stats=stats,
-                           classes=list(classes), simulated=True, task=task, crop=crop, args={})
-    return path
+    models.save_checkpoint(folder() / name, model, method=method, arch="resnet18", bands=bands, scale=scale,
+                           stats=stats, classes=list(classes), simulated=True, task=task, crop=crop, args={})
+    return folder() / name
 
 
-def make_map(monkeypatch, folder, *options, s1="S1.tif", s2="S2.tif", picture=False):
+def make_map(monkeypatch, tmp, *options, s1="S1.tif", s2="S2.tif", picture=False):
     if not picture:  # which takes longer than these maps
         monkeypatch.setattr(finetune, "draw_map", lambda *args: None)
-    call(monkeypatch, finetune, "--map", folder / "map.tif", "--classifier", folder / "c.pt",
-         *(("--s1", folder / s1) if s1 else ()), *(("--s2", folder / s2) if s2 else ()), *options)
-    with rasterio.open(folder / "map.tif") as tif:
+    call(monkeypatch, finetune, "--map", tmp / "map.tif", "--classifier", tmp / "c.pt",
+         *(("--s1", tmp / s1) if s1 else ()), *(("--s2", tmp / s2) if s2 else ()), "--precision", "float32",
+         *options)
+    with rasterio.open(tmp / "map.tif") as tif:
         return tif.read()
 
 
-def expected(folder, s1, s2, top, left, offset=0):
+def expected(tmp, s1, s2, top, left, offset=0):
     """What the classifier says of one crop, as a user would ask it."""
-    model, scaling, _ = models.load_classifier(folder / "c.pt")
-    crop = models.load_checkpoint(folder / "c.pt")["crop"]
+    model, scaling, _ = models.load_classifier(tmp / "c.pt")
+    crop = models.load_checkpoint(tmp / "c.pt")["crop"]
     a, b = (image[None, :, top:top + crop, left:left + crop] for image in (s1, s2))
     return model(*data.to_input(a, b.astype(np.float32), **scaling, s2_offset=offset))[0]
 
@@ -123,25 +135,24 @@ def test_margins_are_of_the_windows_at_the_edge(tmp_path, monkeypatch):
             assert (labels[rows, columns] == expected(tmp_path, s1, s2, top, left).argmax().item()).all()
 
 
-@pytest.mark.parametrize("strip", [1, 50])
-def test_the_height_of_a_strip_changes_no_pixel(tmp_path, monkeypatch, strip):
+def test_the_height_of_a_strip_changes_no_pixel(tmp_path, monkeypatch):
     write_scene(tmp_path)
     write_classifier(tmp_path / "c.pt")
     usual = make_map(monkeypatch, tmp_path)
-    monkeypatch.setattr(finetune, "STRIP", strip)
-    assert np.array_equal(make_map(monkeypatch, tmp_path, "--batch-size", 7), usual)
+    for strip in (1, 50):
+        monkeypatch.setattr(finetune, "STRIP", strip)
+        assert np.array_equal(make_map(monkeypatch, tmp_path, "--batch-size", 7), usual)
 
 
-@pytest.mark.parametrize("length", range(32, 80, 5))
-@pytest.mark.parametrize("step", [1, 5, 16, 31, 32])
-def test_windows_cover_every_pixel_once(length, step):
-    starts, bounds = finetune.windows(length, 32, step)
-    assert bounds[0] == 0 and bounds[-1] == length and (np.diff(bounds) > 0).all() and len(bounds) == len(starts) + 1
-    assert starts[0] == 0 and starts[-1] == length - 32
-    for start, first, end in zip(starts, bounds, bounds[1:]):
-        assert start <= first and end <= start + 32  # what a window is asked for, it sees
-    inner = np.diff(bounds)[1:-2]
-    assert (inner == step).all()
+def test_windows_cover_every_pixel_once():
+    for length, step in itertools.product(range(32, 80, 5), (1, 5, 16, 31, 32)):
+        starts, bounds = finetune.windows(length, 32, step)
+        assert bounds[0] == 0 and bounds[-1] == length and (np.diff(bounds) > 0).all() and len(bounds) == len(starts) + 1
+        assert starts[0] == 0 and starts[-1] == length - 32
+        for start, first, end in zip(starts, bounds, bounds[1:]):
+            assert start <= first and end <= start + 32  # what a window is asked for, it sees
+        inner = np.diff(bounds)[1:-2]
+        assert (inner == step).all()
 
 
 def test_several_labels_are_a_band_each_in_percent(tmp_path, monkeypatch):
@@ -215,18 +226,16 @@ def test_offset_of_baseline_0400_is_found_by_the_cirrus_band(tmp_path, monkeypat
     assert not np.array_equal(other[:, :, 60:], usual[:, :, 60:])
 
 
-@pytest.mark.parametrize("order", ["named", "full"])
-def test_twelve_bands_out_of_thirteen_and_in_another_order(tmp_path, monkeypatch, order):
+def test_twelve_bands_out_of_thirteen_and_in_another_order(tmp_path, monkeypatch):
     s1, s2 = write_scene(tmp_path)
     bands = {"s1": ["VH"], "s2": data.L2A_BANDS}
     write_classifier(tmp_path / "c.pt", bands=bands)
     usual = make_map(monkeypatch, tmp_path)
-    if order == "named":  # the file says which is which
-        write_tif(tmp_path / "S1.tif", s1[::-1], ["VH", "VV"])
-        write_tif(tmp_path / "S2.tif", s2[::-1], data.S2_BANDS[::-1])
-    else:
-        write_tif(tmp_path / "S1.tif", s1[1:])
-        write_tif(tmp_path / "S2.tif", np.delete(s2, 10, 0))
+    write_tif(tmp_path / "S1.tif", s1[1:])
+    write_tif(tmp_path / "S2.tif", np.delete(s2, 10, 0))
+    assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
+    write_tif(tmp_path / "S1.tif", s1[::-1], ["VH", "VV"])  # the file says which is which
+    write_tif(tmp_path / "S2.tif", s2[::-1], data.S2_BANDS[::-1])
     assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
 
 
@@ -311,46 +320,49 @@ def test_a_scene_that_is_cut_off_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(error.value) and not list(tmp_path.glob("map*"))
 
 
-FULL_DISK = """
-import resource, signal, sys
-sys.path.insert(0, {root!r})
-import data, finetune
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-data.run(finetune.main)
-"""
+def with_little_room(args, tmp):
+    """A map in a process that can write no file of more than 20,000 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    as_main("finetune.py", args, tmp)
+
+
+def map_options(tmp, *options):
+    return ("--map", tmp / "map.tif", "--classifier", tmp / "c.pt", "--s1", tmp / "S1.tif",
+            "--s2", tmp / "S2.tif", *options)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-    write_scene(tmp_path, 400, 400)
+    write_scene(tmp_path)
     write_classifier(tmp_path / "c.pt", task="multi")
-    command = [sys.executable, "-c", FULL_DISK.format(root=str(ROOT)), "--map", tmp_path / "map.tif", "--classifier",
-               tmp_path / "c.pt", "--s1", tmp_path / "S1.tif", "--s2", tmp_path / "S2.tif", "--step", 8]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "map.tif: " in done.stderr.splitlines()[-1] and "free space" in done.stderr
+    process = CONTEXT.Process(target=with_little_room, args=(map_options(tmp_path, "--step", 2), tmp_path))
+    process.start()
+    process.join()
+    said = (tmp_path / "err").read_text().splitlines()[-1]
+    assert process.exitcode == 2 and "map.tif: " in said and "free space" in said
     assert not list(tmp_path.glob("map*"))
 
 
 def test_killed_in_the_middle_there_is_no_map(tmp_path):
-    write_scene(tmp_path, 1200, 1200)
+    write_scene(tmp_path, 600, 600)
     write_classifier(tmp_path / "c.pt")
-    command = [sys.executable, ROOT / "finetune.py", "--map", tmp_path / "map.tif", "--classifier", tmp_path / "c.pt",
-               "--s1", tmp_path / "S1.tif", "--s2", tmp_path / "S2.tif", "--step", "4"]
-    process = subprocess.Popen(list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = CONTEXT.Process(target=as_main, args=("finetune.py", map_options(tmp_path, "--step", 4), tmp_path))
+    process.start()
     while not list(tmp_path.glob("map.part*")):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (tmp_path / "map.tif").exists() and not (tmp_path / "map.png").exists()
 
 
 # ------------------------------------------------------------------------------------ kept classifiers
 
 def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, monkeypatch):
-    options = ("--method", "early-fusion", "--task", "single", "multi", "--scale", "standard", "--save", tmp_path / "kept")
+    options = ("--method", "early-fusion", "--task", "single", "multi", "--scale", "standard",
+               "--precision", "float32", "--save", tmp_path / "kept")
     extract, logits = linear_eval.extract, []
     monkeypatch.setattr(linear_eval, "extract", lambda *args: logits.append(extract(*args)) or logits[-1])
     lines = tune(monkeypatch, labelled, tmp_path, *options)

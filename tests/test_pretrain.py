@@ -31,6 +31,8 @@ import pretrain
 MMA = ["--method", "mma", "--epochs", 3, "--batch-size", 8, "--crop", 16, "--holdout", 0.25, "--eval-every", 1,
        "--log-every", 2, "--lr", 1e-4, "--constant-epochs", 1, "--temperature", 0.2]  # 6 steps an epoch
 STEPS = 18
+# Crops of ResNets have more than 16 px: on the CPU torch's bf16 gradient of a 3x3 convolution with stride 2 of a map of
+# 1 px holds what the memory held before.
 
 
 @functools.cache
@@ -238,17 +240,17 @@ def test_simclr_takes_three_named_bands_where_colours_are_missing(trees, tmp_pat
     classes = {"1": "dry", "2": "flooded"}
     (tree / "legend.json").write_text(json.dumps({"s2": ["swir", "nir", "red", "haze"], "classes": classes}))
     data.pack(tree, tmp_path / "store")
-    base = ["--data", tmp_path / "store", "--method", "simclr-rgb", "--epochs", 1, "--batch-size", 8, "--crop", 16]
+    base = ["--data", tmp_path / "store", "--method", "simclr-rgb", "--epochs", 1, "--batch-size", 8, "--crop", 24]
     code, text = finish(start(base, tmp_path / "none"))
     assert code == 2 and text.count("\n") == 1 and "no band B4 B3 B2" in text and "haze" in text
-    assert "simclr-rgb takes three of Sentinel-2, see --bands" in text
+    assert "see --bands" in text
     run([*base, "--bands", "nir", "swir", "red"], tmp_path / "named")
     content = models.load_checkpoint(tmp_path / "named/last.pt")
     assert content["bands"] == {"s1": [], "s2": ["nir", "swir", "red"]} and content["classes"] == ["dry", "flooded"]
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--batch-size", 65], "choose a smaller batch"), (["--crop", 41], "--crop 41"),
+    (["--batch-size", 65], "only 48 pairs"), (["--crop", 41], "--crop 41"),
     (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"), (["--data", "nowhere"], "SEN12MS"),
     (["--data", ROOT], "data.py pack"), (["--threads", 0], "0 is not above 0"),
     (["--method", "simclr-rgb", "--bands", "B2"], "three of Sentinel-2")])
@@ -258,6 +260,17 @@ def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, 
     with pytest.raises(SystemExit, match="2"):
         data.run(pretrain.main, models.CheckpointError)
     assert words in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "x").exists()
+
+
+def test_our_recipe_has_other_negatives_and_is_another_run(store, tmp_path):
+    base = ["--data", store, "--epochs", 1, "--batch-size", 24, "--crop", 24, "--log-every", 1]
+    run([*base, "--recipe", "ours"], tmp_path / "ours")
+    content, log = contents(tmp_path / "ours")
+    loss = next(entry["loss"] for entry in log if "loss" in entry)
+    assert abs(loss - math.log(24)) < 0.6  # one of so many candidates; with NT-Xent it begins above 7
+    assert content["args"]["recipe"] == "ours"
+    code, text = finish(start(base, tmp_path / "ours"))
+    assert code == 2 and "made with other settings ({'recipe': 'ours'})" in text
 
 
 # ---------------------------------------------------------------------------------------------- SimCLR's views
@@ -279,21 +292,20 @@ def test_blur_of_a_batch_is_torchvisions_of_each_image():
     assert (pretrain.blur(images, torch.tensor(sigma)[:, None, None, None]) - expected).abs().max() < 1e-6
 
 
-def plain_draws(count, **change):
-    """Draws that leave the images as they are, but for what is named."""
-    draws = {"crop": np.tile(np.eye(2, 3), (2, count, 1, 1)), "order": np.full((2, count, 4), -1),
-             "factors": np.ones((2, count, 4)), "grey": np.zeros((2, count), bool), "sigma": np.zeros((2, count))}
-    return {**draws, **change}.values()
+def plain_draws(count):
+    """Draws that leave the images as they are."""
+    numbers = np.tile([1., 0, 0, 0, 1, 0, 1, 1, 1, 0, 1, 0.01], (2, count, 1))
+    return numbers, np.tile(range(4), (2, 1))
 
 
 def test_views_crop_and_flip_as_torchvision_does():
-    images, (crop, *others) = torch.rand(3, 3, 32, 32), plain_draws(3)
+    images, (numbers, orders) = torch.rand(3, 3, 32, 32), plain_draws(3)
     boxes = [(0, 0, 32, 32), (4, 8, 16, 20), (12, 3, 20, 10)]  # top, left, height, width
     for view, mirror in enumerate((1, -1)):
         for k, (top, left, height, width) in enumerate(boxes):
-            crop[view, k] = [[mirror * width / 32, 0, (2 * left + width) / 32 - 1],
-                                       [0, height / 32, (2 * top + height) / 32 - 1]]
-    for view, flip in zip(pretrain.two_views(images, crop, *others), (False, True)):
+            numbers[view, k, :6] = (mirror * width / 32, 0, (2 * left + width) / 32 - 1,
+                                    0, height / 32, (2 * top + height) / 32 - 1)
+    for view, flip in zip(pretrain.two_views(images, numbers, orders), (False, True)):
         for k, box in enumerate(boxes):
             expected = V.resized_crop(images[k], *box, [32, 32], antialias=True)
             expected = V.horizontal_flip(expected) if flip else expected
@@ -302,34 +314,36 @@ def test_views_crop_and_flip_as_torchvision_does():
             assert (view[k] - expected)[:, *inside].abs().max() < 1e-5
 
 
-def test_each_sample_has_its_own_augmentations_in_its_own_order():
+def test_each_sample_has_its_own_augmentations_and_each_view_its_order():
     images = torch.rand(4, 3, 20, 20, generator=torch.Generator().manual_seed(0))
-    order = np.array([[[0, 1, 2, 3], [3, 2, 1, 0], [-1] * 4, [2, 0, 3, 1]]] * 2)
-    factors = np.random.default_rng(0).uniform((0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2), (2, 4, 4))
-    grey, sigma = np.zeros((2, 4), bool), np.zeros((2, 4))
-    grey[0, 2], sigma[1, 3] = True, 1.5
-    views = pretrain.two_views(images, *plain_draws(4, order=order, factors=factors, grey=grey, sigma=sigma))
+    (numbers, _), orders = plain_draws(4), np.array([[2, 0, 3, 1], [3, 1, 0, 2]])
+    low, high = (0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2)
+    numbers[:, :3, 6:10] = np.random.default_rng(0).uniform(low, high, (2, 3, 4))  # the last is not jittered
+    numbers[0, 2, 10], numbers[1, 1, 11] = 0, 1.5  # grey, blurred
+    views = pretrain.two_views(images, numbers, orders)
     operations = V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue
     for view in range(2):
         for k, image in enumerate(images):
-            for number in order[view, k]:
-                image = operations[number](image, factors[view, k, number]) if number >= 0 else image
-            image = V.rgb_to_grayscale(image, 3) if grey[view, k] else image
-            image = V.gaussian_blur(image, 3, sigma[view, k]) if sigma[view, k] else image
+            for number in orders[view] if k < 3 else ():
+                image = operations[number](image, numbers[view, k, 6 + number])
+            image = V.rgb_to_grayscale(image, 3) if (view, k) == (0, 2) else image
+            image = V.gaussian_blur(image, 3, 1.5) if (view, k) == (1, 1) else image
             assert (views[view][k] - image).abs().max() < 1e-5
 
 
 def test_draws_have_the_published_strengths():
-    crop, order, factors, grey, sigma = pretrain.draw_views(20_000, 0, 0)
-    width, height, middle = abs(crop[..., 0, 0]), crop[..., 1, 1], crop[..., 2]
-    assert (abs(middle) <= 1 - np.stack((width, height), -1) + 1e-12).all()  # within the image
-    for values, low, high in ((width * height, 0.08, 1), (width / height, 3 / 4, 4 / 3), (sigma[sigma > 0], 0.1, 2),
-                              *zip(np.moveaxis(factors, -1, 0), (0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2))):
+    numbers, _ = pretrain.draw_views(20_000, 0, 0)
+    mirrored_width, _, x, _, height, y, *factors, colour, sigma = np.moveaxis(numbers, 2, 0)
+    width, jittered, blurred = abs(mirrored_width), factors[0] != 1, sigma != 0.01
+    assert (abs(x) <= 1 - width + 1e-12).all() and (abs(y) <= 1 - height + 1e-12).all()  # within the image
+    assert all((factor[~jittered] == same).all() for factor, same in zip(factors, (1, 1, 1, 0)))
+    jitters = zip((factor[jittered] for factor in factors), (0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2))
+    for values, low, high in ((width * height, 0.08, 1), (width / height, 3 / 4, 4 / 3), (sigma[blurred], 0.1, 2), *jitters):
         assert low <= values.min() < low + 0.01 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
-    jittered = order[order[..., 0] >= 0]
-    shares = (crop[..., 0, 0] < 0).mean(), len(jittered) / 40_000, grey.mean(), (sigma > 0).mean()
-    assert shares == pytest.approx((0.5, 0.8, 0.2, 0.5), abs=0.01)
-    assert len(np.unique(jittered, axis=0)) == 24 and (np.sort(jittered) == range(4)).all()
+    shares = (mirrored_width < 0).mean(), jittered.mean(), (colour == 0).mean(), blurred.mean()
+    assert shares == pytest.approx((0.5, 0.8, 0.2, 0.5), abs=0.01) and ((colour == 0) | (colour == 1)).all()
+    orders = np.concatenate([pretrain.draw_views(1, 0, step)[1] for step in range(300)])
+    assert len(np.unique(orders, axis=0)) == 24 and (np.sort(orders) == range(4)).all()
 
 
 def test_views_do_not_depend_on_the_processes_and_every_sample_has_its_own():
@@ -341,7 +355,7 @@ def test_views_do_not_depend_on_the_processes_and_every_sample_has_its_own():
         parts = [pretrain.network_inputs(s1[:4], s2[:4], args, None, 7, rank)[k] for rank in range(2)]
         assert torch.equal(whole[k], torch.cat(parts))
         assert whole[k].shape == (8, 3, 20, 20) and 0 <= whole[k].min() and whole[k].max() <= 1
-    assert len({tuple(x.flatten()[:50].tolist()) for x in (*whole[0], *whole[1])}) == 16  # of the same image
+    assert len({x.numpy().tobytes() for x in (*whole[0], *whole[1])}) == 16  # of the same image
     for seed, step in ((4, 7), (3, 8)):
         args.seed = seed
         assert not torch.equal(pretrain.network_inputs(s1, s2, args, None, step, 0)[0], whole[0])
@@ -358,7 +372,7 @@ def test_the_same_command_gives_the_same_bits(reference):
 def test_a_finished_run_is_left_as_it_is(store, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "done")
     (tmp_path / "done/curve.png").unlink()
-    assert "all 3 epochs are done" in run([*MMA, "--data", store], tmp_path / "done")
+    assert f"{STEPS} of {STEPS} steps are done" in run([*MMA, "--data", store], tmp_path / "done")
     for name in ("last.pt", "previous.pt", "log.jsonl"):
         assert (tmp_path / "done" / name).read_bytes() == (reference / name).read_bytes()
     assert (tmp_path / "done/curve.png").exists()
@@ -401,7 +415,7 @@ def test_a_signal_saves_after_the_step_in_hand(store, reference, tmp_path, numbe
     os.killpg(process.pid, number)
     code, text = finish(process)
     stopped = step_of(out / "last.pt")
-    assert code == 128 + number and f"stopped at step {stopped} of {STEPS}; the same command goes on" in text
+    assert code == 128 + number and f"last.pt: {stopped} of {STEPS} steps are done" in text
     assert "Traceback" not in text and 2 <= stopped < STEPS
     run(argv, out)
     assert_same_run(out, reference)
@@ -423,26 +437,14 @@ def signal_after_step_15(original=pretrain.learning_rate):
     pretrain.learning_rate = learning_rate
 
 
-def test_a_truncated_checkpoint_is_named_and_the_previous_one_used(store, reference, tmp_path):
+def test_a_truncated_checkpoint_is_named_and_without_it_the_previous_one_used(store, reference, tmp_path):
     out, argv = tmp_path / "cut", [*MMA, "--data", store]
     shutil.copytree(reference, out)
     os.truncate(out / "last.pt", 1_000_000)
-    previous = (out / "previous.pt").read_bytes()
-    text = run(argv, out)
-    assert re.search(r"cut/last.pt: truncated or not .*: kept as last.bad, going on from previous.pt\n", text)
-    assert_same_run(out, reference)
-    assert (out / "previous.pt").read_bytes() == previous and (out / "last.bad").stat().st_size == 1_000_000
-    for name in ("last.pt", "previous.pt"):
-        os.truncate(out / name, 0)
     code, text = finish(start(argv, out))
-    assert code == 2 and text.splitlines()[-1].endswith("begin anew") and "Traceback" not in text
-
-
-def test_without_last_pt_the_previous_one_is_used(store, reference, tmp_path):
-    out = tmp_path / "between"  # what a kill between the two renames leaves
-    shutil.copytree(reference, out)
-    (out / "last.pt").unlink()
-    run([*MMA, "--data", store], out)
+    assert code == 2 and re.search(r"cut/last.pt: truncated or not .*previous.pt", text) and text.count("\n") == 1
+    (out / "last.pt").unlink()  # as after a kill between the two renames
+    run(argv, out)
     assert_same_run(out, reference)
 
 
@@ -450,19 +452,8 @@ def test_changed_settings_are_named(store, reference, tmp_path):
     out = copy_of_epoch_2(reference, tmp_path / "changed")
     before = (out / "last.pt").read_bytes()
     code, text = finish(start([*MMA, "--data", store, "--lr", 1e-3, "--crop", 32, "--log-every", 5], out))
-    assert code == 2 and "(--crop 16 there, 32 here; --lr 0.0001 there, 0.001 here)" in text and text.count("\n") == 1
+    assert code == 2 and "other settings ({'crop': 16, 'lr': 0.0001}): use them" in text and text.count("\n") == 1
     assert (out / "last.pt").read_bytes() == before
-
-
-def test_weights_alone_are_nothing_to_go_on_from(store, reference, tmp_path):
-    out = copy_of_epoch_2(reference, tmp_path / "weights")
-    content = torch.load(out / "last.pt", weights_only=True)
-    torch.save({f"{sensor}_model_weights": content["encoders"][sensor] for sensor in ("s1", "s2")}, out / "last.pt")
-    code, text = finish(start([*MMA, "--data", store], out))
-    assert code == 2 and "weights only" in text and text.count("\n") == 1
-    shutil.copy(reference / "previous.pt", out / "previous.pt")  # where there is a whole one, from there
-    assert "last.pt: weights only, nothing to go on from: kept as last.bad, going on" in run([*MMA, "--data", store], out)
-    assert_same_run(out, reference)
 
 
 def small_files_only():
@@ -492,18 +483,13 @@ def nan_at_the_end_of_an_epoch():
     nan_at(STEPS)
 
 
-@pytest.mark.parametrize("trouble, words", [(nan_within_an_epoch, "loss nan at step 15"),
-                                            (nan_at_the_end_of_an_epoch, "weights not finite at step 18")])
+@pytest.mark.parametrize("trouble, words", [(nan_within_an_epoch, "loss nan at step 18, norm of the weights nan"),
+                                            (nan_at_the_end_of_an_epoch, "at step 18, norm of the weights nan")])
 def test_nothing_is_saved_once_the_loss_is_not_finite(store, reference, tmp_path, trouble, words):
     out = copy_of_epoch_2(reference, tmp_path / "nan")
     before = (out / "last.pt").read_bytes()
     code, text = finish(start([*MMA, "--data", store, "--log-every", 6], out, trouble=trouble))
-    assert code == 2 and words in text and "Traceback" not in text
-    patches = data.Patches(store)
-    args = SimpleNamespace(crop=16, batch_size=8, seed=0, epochs=3)
-    batches = pretrain.batches_from(0, data.split_scenes(patches, 0.25)[0], patches.size, args)
-    rows = list(batches)[int(words.split()[-1]) - 1][0]
-    assert text.rstrip().endswith("The batch: " + " ".join(patches.ids[row] for row in rows))
+    assert code == 2 and words in text and "--precision float32" in text and "Traceback" not in text
     assert (out / "last.pt").read_bytes() == before and list(out.glob("previous*")) == []
 
 
@@ -601,7 +587,7 @@ def gradients_in_a_process(environment, cases, path):
         loss, z1, grad, weights = gradients(method, rank, world, *more)
         everyone = [None] * world
         dist.all_gather_object(everyone, (loss.item(), weights))
-        assert set(everyone) == {(loss.item(), weights)}  # on all ranks, after 10 steps in training mode
+        assert set(everyone) == {(loss.item(), weights)}  # on all ranks, after 3 steps in training mode
         if rank == 0:
             torch.save((loss, z1, grad), f"{path}.{k}")
     dist.destroy_process_group()
@@ -615,7 +601,7 @@ def assert_close(found, expected):
 
 
 @pytest.mark.parametrize("world, cases", [
-    (2, [("mma", None, 10), ("d-simclr", None), ("simclr-rgb", 3)]), (3, [("mma", 2, 10), ("d-simclr", None)])])
+    (2, [("mma", None, 3), ("d-simclr", None), ("simclr-rgb", 3)]), (3, [("mma", 2, 3)])])
 def test_several_processes_compute_what_one_does(tmp_path, world, cases):
     processes = [CONTEXT.Process(target=gradients_in_a_process, args=(environment, cases, tmp_path / "found"))
                  for environment in rank_environments(world)]
@@ -633,15 +619,14 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(method, micro):
     assert_close(gradients(method, micro=micro), plain_gradients(method))
 
 
-def test_two_processes_train_and_stop_together(store, tmp_path):
-    """At the next step that is a multiple of AGREE."""
+def test_two_processes_stop_together_or_die_and_end_in_the_same_bits(store, tmp_path):
     argv, out = [*MMA, "--data", store, "--micro-batch", 2], tmp_path / "two"
     processes = [start(argv, out, tmp_path / f"stop{rank}.txt", environment=environment,
                        trouble=signal_after_step_15 if rank else None)
                  for rank, environment in enumerate(rank_environments(2))]  # only rank 1 gets a signal
     for process in processes:
         assert finish(process)[0] == 143
-    assert step_of(out / "last.pt") == 16 == 2 * pretrain.AGREE
+    assert step_of(out / "last.pt") == 15
     processes = [start(argv, out, tmp_path / f"go{rank}.txt", environment=environment)
                  for rank, environment in enumerate(rank_environments(2))]
     texts = [finish(process) for process in processes]
@@ -649,6 +634,7 @@ def test_two_processes_train_and_stop_together(store, tmp_path):
     _, log = contents(out)
     assert [line["step"] for line in log if "loss" in line] == list(range(2, 19, 2))
     assert [line["epoch"] for line in log if "retrieval" in line] == [0, 1, 2, 3]
+    assert_same_run(begun("torchrun").result(), out)
 
 
 RANK_1_DIES_ONCE = """
@@ -666,8 +652,8 @@ data.run(pretrain.main, models.CheckpointError, OSError)
 
 
 def torchrun():
-    """-> folders of a job of torchrun of which a rank dies, and of one that is left alone."""
-    out, argv = folder() / "torchrun", [*MMA, "--data", make_store()]
+    """-> folder of a job of torchrun of which a rank dies once."""
+    out, argv = folder() / "torchrun", [*MMA, "--data", make_store(), "--micro-batch", 2]
     out.mkdir()
     (out / "dies.py").write_text(RANK_1_DIES_ONCE.format(root=str(ROOT)))
     job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
@@ -675,15 +661,7 @@ def torchrun():
                          capture_output=True, text=True, timeout=300, check=False,
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert job.returncode == 0, job.stderr
-    processes = [start(argv, out / "whole", out / f"{rank}.txt", environment=environment)
-                 for rank, environment in enumerate(rank_environments(2))]
-    for process in processes:
-        assert finish(process)[0] == 0
-    return out / "restarted", out / "whole"
-
-
-def test_torchrun_starts_again_after_a_rank_died():
-    assert_same_run(*begun("torchrun").result())
+    return out / "restarted"
 
 
 def test_a_rank_that_dies_ends_the_job(store, tmp_path):

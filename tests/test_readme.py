@@ -31,8 +31,7 @@ def as_a_user():
             ("finetune.py", "--report", out / "results"),
             ("linear_eval.py", *encoders, *labelled, "--embed", out / "embeddings.npz"),
             ("linear_eval.py", *encoders, *labelled, "--retrieve", out / "retrieval.png"),
-            ("models.py", "export", out / "run/last.pt", out / "exported", "--results",
-             out / "results/results.jsonl")):
+            ("models.py", "export", out / "run/last.pt", out / "exported")):
         done = user(*command)
         assert done.returncode == 0, (command, done.stderr)
     return out
