@@ -20,6 +20,9 @@ import numpy as np
 import rasterio
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from rasterio.windows import Window
 from tqdm import tqdm
 
@@ -46,6 +49,7 @@ CURVES = {"mma": ("o", "#c0392b", (47.5, 59.7, 64.2, 69.0)),
           "early-fusion": ("^", "#1b7837", (34.6, 52.2, 55.1, 62.0)),
           "late-fusion": ("v", "#e08214", (39.8, 50.0, 61.7, 62.0))}
 STRIP = 256  # px of a map that are made at a time
+COLOURS = ["#1b7837", "#a6a04c", "#a6d96a", "#5aae9e", "#f2c14e", "#c0392b", "#b9a596", "#2b6cb0"]
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -257,7 +261,8 @@ def report(folder):
     parts = [f"# {heading}\n",
              "Mean ± standard deviation over seeds; best average bold; `-`: no such number.\n"]
     by_classes = grouped(lines, lambda line: tuple(line.get("classes", data.CLASSES)))
-    figure, axes = data.new_figure(1, len(by_classes), figsize=(5.6 * len(by_classes), 4))
+    figure = Figure((5.6 * len(by_classes), 4), layout="constrained")
+    axes = figure.subplots(1, len(by_classes), squeeze=False)
     for axis, (classes, group) in zip(axes[0], by_classes.items()):
         published = classes == tuple(data.CLASSES)
         title = "DFC2020" if published else ", ".join(classes)[:60]
@@ -428,7 +433,7 @@ def write_map(args):
             if multi:
                 tif.descriptions = [f"{name}, %" for name in names]
             else:
-                colours = data.class_colours(names)(range(len(names)), bytes=True)
+                colours = class_colours(names)(range(len(names)), bytes=True)
                 tif.write_colormap(1, dict(enumerate(map(tuple, colours.tolist()))))
             for top, values in map_strips(args, content, scene, step, offset):
                 tif.write(values, window=Window(0, top, raster.width, values.shape[1]))
@@ -440,6 +445,12 @@ def write_map(args):
     finally:
         part.unlink(missing_ok=True)
     print(f"wrote {args.map} and {args.map.with_suffix('.png')}")
+
+
+def class_colours(names):
+    """-> matplotlib colormap with a colour for each of these classes."""
+    colours = ListedColormap(COLOURS) if names == data.CLASSES else colormaps["turbo"]
+    return colours.resampled(len(names))
 
 
 def draw_map(out, path, scene, offset, content):
@@ -455,11 +466,15 @@ def draw_map(out, path, scene, offset, content):
     with rasterio.open(path) as tif:
         values = tif.read(out_shape=(tif.count, *shape))
     classes = np.where(values[0] == 255, 255, values.argmax(0)) if len(values) > 1 else values[0]
-    figure, axes = data.new_figure(1, 2, (11, 5), subplot_kw={"xticks": [], "yticks": []})
-    axes[0, 0].imshow(picture, "gray", vmin=-25, vmax=0)  # dB; colours stay as they are
-    axes[0, 0].set_title(title)
-    data.draw_classes(figure, axes[0, 1], classes, content["classes"])
-    axes[0, 1].set_title("SIMULATED data " * content["simulated"] + TITLES[content["method"]])
+    figure = Figure((11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, subplot_kw={"xticks": [], "yticks": []})
+    left.imshow(picture, "gray", vmin=-25, vmax=0)  # dB; colours stay as they are
+    left.set_title(title)
+    names = content["classes"]
+    drawn = right.imshow(np.ma.masked_equal(classes, 255), class_colours(names), vmin=-0.5,
+                         vmax=len(names) - 0.5, interpolation="nearest")
+    figure.colorbar(drawn, ticks=range(len(names))).set_ticklabels(names)
+    right.set_title("SIMULATED data " * content["simulated"] + TITLES[content["method"]])
     figure.savefig(out, dpi=110)
 
 

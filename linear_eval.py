@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import data
@@ -339,7 +340,7 @@ def contrastive_model(content):
 def unseen_rows(args, content, patches):
     """1,000 rows that pretraining did not see: split `test` or, of its data, held-out scenes."""
     rows, pretraining = patches.rows_of("test"), content["args"]
-    if not len(rows) and pretraining.get("data") == patches.identity():
+    if not len(rows) and pretraining.get("data") == patches.identity:
         _, rows = data.split_scenes(patches, pretraining["holdout"])
     if not len(rows):
         raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: "
@@ -379,8 +380,8 @@ def draw_retrieval(args, rows, nearest, title):
     batches = data.centre_crops(rows[shown.ravel()], patches.size, args.crop, shown.size)
     (s1, s2, *_), = data.loader(patches, batches, args.crop)
     pictures, colours = data.composite(s2.numpy(), patches.bands["s2"])
-    figure, axes = data.new_figure(*shown.T.shape, figsize=(13.8, 7.6),
-                                   subplot_kw={"xticks": [], "yticks": []})
+    figure = Figure((13.8, 7.6), layout="constrained")
+    axes = figure.subplots(*shown.T.shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for k, (column, line) in enumerate(np.ndindex(shown.shape)):
         axis = axes[line, column]
         image = pictures[k] if line else s1[k, 0]
@@ -413,7 +414,6 @@ def evaluation_parser(description):
     add("--bands", nargs="+", help="only these, e.g. VV VH B2 B3 B4 (default: all)")
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"))
-    add("--cache", choices=("device",), help="hold the data on the device")
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
     add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
@@ -444,7 +444,7 @@ def open_patches(args, content):
         if sensor in "+".join(method["inputs"]) and not bands:
             raise data.DataError(f"--bands: {args.method} needs bands of {sensor}")
     patches.simulated = patches.simulated or content.get("simulated", False)
-    return patches.hold(args.device) if args.cache else patches
+    return patches
 
 
 def open_labelled(args, content):
@@ -472,7 +472,7 @@ def describe(args, content, patches, *names):
     settings = {name: getattr(args, name) for name in names}
     settings["precision"] = models.resolve_precision(args.precision, args.device)
     weights = Path(args.checkpoint).read_bytes() if content else None
-    return {"method": args.method, "data": patches.identity(), "classes": patches.classes,
+    return {"method": args.method, "data": patches.identity, "classes": patches.classes,
             "simulated": patches.simulated, "args": {**settings, "bands": patches.bands},
             "checkpoint": weights and hashlib.sha256(weights).hexdigest()[:12]}
 

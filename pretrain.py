@@ -23,13 +23,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
 import data
 import models
 
-FREE = {"out", "threads", "cache", "device", "log_every", "eval_every"}  # to change in a run
+FREE = {"out", "threads", "device", "log_every", "eval_every"}  # to change in a run
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -60,7 +61,6 @@ def arguments():
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
-    add("--cache", choices=["device"], help="hold the data in the device's memory")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--log-every", type=data.positive, default=10, help="steps, in log.jsonl (default 10)")
     args = parser.parse_args()
@@ -98,7 +98,7 @@ def gather(x, world):
     return everyone
 
 
-def open_patches(args, device):
+def open_patches(args):
     """The store with the bands that the method takes."""
     rgb = args.method == "simclr-rgb"
     patches = data.Patches(args.data, args.bands or (models.RGB if rgb else None))
@@ -106,7 +106,7 @@ def open_patches(args, device):
     if not (len(s2) == 3 if rgb else s1 and s2):
         needs = "three of Sentinel-2" if rgb else "bands of both sensors"
         raise data.DataError(f"--bands {s1 + s2}: {args.method} takes {needs}")
-    return patches.hold(device) if args.cache else patches
+    return patches
 
 
 def batches_from(start, rows, size, args, rank=0, world=1):
@@ -266,7 +266,8 @@ class Log:
 
 def draw_curve(log, title):
     """Picture of the loss and of held-out retrieval over epochs, beside the log."""
-    figure, [[left, right]] = data.new_figure(1, 2, (9, 3.4))
+    figure = Figure((9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     losses = [(entry["epoch"], entry["loss"]) for entry in log.entries if "loss" in entry]
     left.plot(*zip(*losses))
     left.set(xlabel="epoch", ylabel="loss", title=title)
@@ -325,7 +326,7 @@ def moment(device):
 
 def train(args):
     rank, world, device = join_processes(args)
-    patches = open_patches(args, device)
+    patches = open_patches(args)
     rows, held = data.split_scenes(patches, args.holdout)
     epoch_steps = len(rows) // args.batch_size
     if not epoch_steps:
@@ -335,7 +336,7 @@ def train(args):
     total, stats = args.epochs * epoch_steps, patches.stats(rows)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings |= {"precision": models.resolve_precision(args.precision, device),
-                 "bands": patches.bands["s1"] + patches.bands["s2"], "data": patches.identity(),
+                 "bands": patches.bands["s1"] + patches.bands["s2"], "data": patches.identity,
                  "processes": world if device.type == "cpu" else None}  # each its own batch norm
     model, network, optimizer = make_model(args, patches.bands, device, world)
     cast = models.autocast(args.precision, device)
@@ -415,7 +416,7 @@ def main():
     try:
         train(arguments())
     except torch.OutOfMemoryError:
-        raise data.DataError("out of memory: choose a --micro-batch, and no --cache") from None
+        raise data.DataError("out of memory: choose a --micro-batch") from None
 
 
 if __name__ == "__main__":
