@@ -262,7 +262,7 @@ def make_arrays(store, plan):
     arrays = layout(plan).items()
     size = sum(math.prod(shape) * np.dtype(kind).itemsize for _, (kind, shape) in arrays)
     if size > shutil.disk_usage(store).free:
-        raise DataError(f"{store}: no space for {size:,} bytes: free some, or choose another folder")
+        raise DataError(f"{store}: no space for {size:,} bytes there: choose another folder")
     for name, (dtype, shape) in arrays:
         array = np.lib.format.open_memmap(store / name, "w+", dtype, shape)
         with open(store / name, "r+b") as file:
@@ -378,8 +378,8 @@ class Patches:
             maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(self.index)]
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             raise DataError(f"{path}: not a whole store ({error}): `python data.py pack TREE STORE`"
-                            " makes one of a folder of GeoTIFFs, and finishes one; or `python "
-                            "tests/simulate.py OUT` makes simulated data, see README") from None
+                            " makes or finishes one of a folder of GeoTIFFs; README says where "
+                            "SEN12MS is, and how to simulate data") from None
         vars(self).update(self.index)  # ids, scenes, classes, size, left_out, simulated, ...
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
@@ -390,7 +390,7 @@ class Patches:
         self.labels = label if self.labelled else None
         stored = self.bands
         bands = bands or stored["s1"] + stored["s2"]
-        if unknown := set(bands).difference(*stored.values()):
+        if unknown := [band for band in bands if band not in stored["s1"] + stored["s2"]]:
             raise DataError(f"{path}: no band {' '.join(unknown)}, see --bands; it has {stored}")
         self.bands = {key: [band for band in bands if band in stored[key]] for key in stored}
         self.picks = [[*map(stored[key].index, self.bands[key])] for key in stored]

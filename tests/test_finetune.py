@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONTEXT, as_main, call, user
+from matplotlib.figure import Figure
 
 import data
 import finetune
@@ -59,7 +60,7 @@ def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, labelled, monk
     monkeypatch.setattr(linear_eval, "extract",
                         lambda *args: logits.append(extract(*args)) or logits[-1])
     first = tune(monkeypatch, labelled, tmp_path / "a", *options, "--threads", 1)
-    second = tune(monkeypatch, labelled, tmp_path / "b", *options, "--cache", "device")
+    second = tune(monkeypatch, labelled, tmp_path / "b", *options, "--threads", 3)
     assert len(first) == 2 and len(logits) == 4
     assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(logits[:2], logits[2:]))
     assert [line["class"] for line in first] == [line["class"] for line in second]
@@ -242,12 +243,11 @@ def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
 
 def drawn(monkeypatch, folder, lines):
     """-> what the figure of a report shows: per panel its title and its curves' names."""
-    figures, new_figure = [], data.new_figure
-    monkeypatch.setattr(data, "new_figure", lambda *a, **k: figures.append(new_figure(*a, **k))
-                        or figures[-1])
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
     report_of(monkeypatch, folder, lines)
-    (_, axes), = figures
-    return [(axis.get_title(), axis.get_legend_handles_labels()[1]) for axis in axes[0]]
+    figure, = figures
+    return [(axis.get_title(), axis.get_legend_handles_labels()[1]) for axis in figure.axes]
 
 
 def test_classes_of_ones_own_have_their_own_tables_and_no_poster(tmp_path, monkeypatch):

@@ -262,7 +262,7 @@ def test_killed_at_any_moment(tree, packed, tmp_path, moment):
         if wait(pid) == 0:
             break
         if not (store / "index.json").exists():
-            with pytest.raises(data.DataError, match="not a whole store .* finishes one"):
+            with pytest.raises(data.DataError, match="not a whole store .* makes or finishes one"):
                 data.Patches(store)
     data.pack(tree, store, max_bad=0.5)
     assert contents(store) == packed
@@ -402,7 +402,7 @@ def test_full_disk_is_said_before_the_work(tree, packed, disk, capfd):
     folder, remount = disk
     assert wait(fork(refused_at_once, tree, folder / "store")) == 2
     said, = capfd.readouterr().out.splitlines()
-    needed, = data.re.findall(r"no space for ([\d,]+) bytes.*choose another folder", said)
+    needed, = data.re.findall(r"no space for ([\d,]+) bytes there: choose another folder", said)
     assert abs(int(needed.replace(",", "")) - size_of(packed)) < 10_000
     assert [path.name for path in (folder / "store").iterdir()] == ["packing.json"]
     remount("size=2m")
