@@ -169,8 +169,8 @@ def read_legend(tree):
         named = legend["s1"] + (legend["s2"] or S2_BANDS)
         named += [int(code) for code, _ in legend["classes"]]
         legend["classes"] = dict(legend["classes"])
-        names = set(legend["classes"].values())
-        if len(legend) > 3 or len(set(named)) < len(named) or not 2 <= len(names) < IGNORE:
+        count = len(set(legend["classes"].values()))
+        if len(legend) > 3 or len(set(named)) < len(named) or not 2 <= count < IGNORE:
             raise ValueError("another key, a band or code twice, or not 2 to 254 classes")
     except (ValueError, TypeError) as error:
         raise DataError(f'{path}: {error}. It may hold "s1" and "s2", lists of band names, and '
@@ -210,8 +210,7 @@ def read_patch(pair, plan):
         if bad:
             raise DataError(f"{Path(pair[sensor]).name}: {reason}")
     if offset is None:  # products since 2022 hold reflectance x 10,000 + 1,000, cirrus else near 0
-        shifted = "B10" in names and s2[names.index("B10")].min() >= 1000
-        offset = 1000 if shifted else 0
+        offset = 1000 if "B10" in names and s2[names.index("B10")].min() >= 1000 else 0
     s1 = np.rint(s1 * 100).clip(-32767, 32767).astype(np.int16)
     s2 = np.maximum(s2.astype(np.uint16), offset) - offset
     return s1, s2, classes_from_codes(codes[0], plan["codes"]), offset
@@ -411,6 +410,15 @@ class Patches:
             stats[sensor] = {"mean": mean.mean(0)[at].tolist(), "std": std[at].tolist()}
         return stats
 
+    def cut(self, rows, tops, lefts, crops):
+        """Fill tensors (B, c, size, size) of s1, s2 and perhaps classes with crops of the rows."""
+        size = crops[0].shape[-1]
+        for array, picks, tensor in zip(self.arrays, self.picks, crops):
+            if picks == list(range(array.shape[1])):
+                picks = slice(None)  # no copy between, as a list makes one
+            for crop, row, top, left in zip(tensor.numpy(), rows, tops, lefts):
+                crop[:] = array[row, picks, top:top + size, left:left + size]
+
 
 def split_scenes(patches, share):
     """Rows to train on and rows held out: the split `test` where there is one, else that share of
@@ -468,14 +476,12 @@ def loader(patches, batches, crop, device="cpu", threads=None, classes=False):
     def cut(batch):
         if stream:
             torch.cuda.set_device(stream.device)  # each thread begins with the first GPU
-        crops = []
-        for array, picks, kind in zip(patches.arrays, patches.picks, kinds):
-            shape = len(batch[0]), len(picks), crop, crop
-            tensor = torch.empty(shape, dtype=kind, pin_memory=bool(stream))
-            for pixels, row, top, left in zip(tensor.numpy(), *batch):
-                pixels[:] = array[row, picks, top:top + crop, left:left + crop]
-            with torch.cuda.stream(stream):  # beside the computing; torch uses pinned memory again
-                crops.append(tensor.to(device, non_blocking=True))
+        shapes = [(len(batch[0]), len(picks), crop, crop) for picks in patches.picks]
+        crops = [torch.empty(shape, dtype=kind, pin_memory=bool(stream))
+                 for shape, kind in zip(shapes, kinds)]
+        patches.cut(*batch, crops)
+        with torch.cuda.stream(stream):  # beside the computing; torch uses pinned memory again
+            crops = [tensor.to(device, non_blocking=True) for tensor in crops]
         return batch[0], crops, stream and stream.record_event()
 
     for rows, crops, copied in ahead(cut, batches, threads):
@@ -509,7 +515,7 @@ def show(patches, out):
     above.imshow(picture)
     below.imshow(s1[0], cmap="gray", vmin=-2500, vmax=0)
     if patches.labelled:
-        names = dict(enumerate(patches.classes)) | {IGNORE: "no label"}
+        names = [*patches.classes, *["no label"] * IGNORE]
         middles = (np.arange(len(rows)) + 0.5) * patches.size[1]
         above.set_xticks(middles, [names[label] for label in patches.labels[rows]])
     figure.suptitle(f"{'SIMULATED ' * patches.simulated}Sentinel-2 {title}, Sentinel-1")
@@ -523,16 +529,15 @@ def check(patches):
         print(f"{split or 'patches'}: {count:,}")
     labels = Counter(patches.labels[patches.rows].tolist() if patches.labelled else ())
     for number, count in sorted(labels.items()):
-        print(f"{count:>8,} {'no label' if number == IGNORE else patches.classes[number]}")
+        print(f"{count:>8,} {[*patches.classes, *['no label'] * IGNORE][number]}")
     print("band      lowest   highest      mean   (S1 in dB, S2 reflectance x 10,000)")
-    numbers = [patches.records[key][patches.rows] for key in ("lowest", "highest", "mean")]
-    for band in zip(patches.bands["s1"] + patches.bands["s2"],
-                    numbers[0].min(0), numbers[1].max(0), numbers[2].mean(0)):
+    records, bands = patches.records[patches.rows], patches.bands["s1"] + patches.bands["s2"]
+    numbers = records["lowest"].min(0), records["highest"].max(0), records["mean"].mean(0)
+    for band in zip(bands, *numbers):
         print("{:<6}{:>10.2f}{:>10.2f}{:>10.2f}".format(*band))
     print(f"S2 offset subtracted (baseline 04.00 and later): {patches.s2_offsets}")
-    print(f"left out: {len(patches.left_out)}")
-    for patch in patches.left_out.items():
-        print("  " + ": ".join(patch))
+    print("left out:", len(patches.left_out))
+    print(*map(": ".join, patches.left_out.items()), sep="\n")
 
 
 def main():

@@ -52,8 +52,6 @@ STRIP = 256  # px of a map that are made at a time
 COLOURS = ["#1b7837", "#a6a04c", "#a6d96a", "#5aae9e", "#f2c14e", "#c0392b", "#b9a596", "#2b6cb0"]
 
 
-# ----------------------------------------------------------------------------------------- training
-
 def task_loss(task, logits, classes):
     """Cross-entropy or, for several labels, binary cross-entropy of (N, C) logits, mean over the
     crops that have a label. classes: (N, h, w)."""
@@ -92,13 +90,12 @@ def train(model, scaling, patches, rows, task, seed, args, name):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        # Once an epoch, since the host waits for the device here:
-        entry = {"run": name, "epoch": epoch + 1, "loss": loss.item()}
-        if not math.isfinite(entry["loss"]):
-            raise data.DataError(f"{name}: the loss is {entry['loss']} after epoch {epoch + 1}: "
+        loss = loss.item()  # once an epoch, since the host waits for the device here
+        if not math.isfinite(loss):
+            raise data.DataError(f"{name}: the loss is {loss} after epoch {epoch + 1}: "
                                  "try a lower --lr or --precision float32")
         with open(Path(args.results, "log.jsonl"), "a") as log:
-            print(json.dumps(entry), file=log)
+            print(json.dumps({"run": name, "epoch": epoch + 1, "loss": loss}), file=log)
 
 
 def evaluate(args, content):
@@ -128,15 +125,12 @@ def evaluate(args, content):
         counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen),
                   "test_crops": int(has.sum())}
         if path:
-            reached = {name: float(scores[name]) for name in SCORES}
             models.save_checkpoint(
                 path, model, method=args.method, arch=args.arch, bands=patches.bands, **scaling,
                 classes=patches.classes, simulated=patches.simulated, task=task, crop=args.crop,
-                args=key["args"], run=key, scores=[reached])
+                args=key["args"], run=key, scores={name: float(scores[name]) for name in SCORES})
         results.add(key, scores, counts=counts)
 
-
-# ------------------------------------------------------------------------------------------- report
 
 def row_title(line):
     """Name of the table row that a result line belongs to."""
@@ -241,11 +235,9 @@ def draw_fractions(axis, lines, beside_poster):
             averages = [100 * line["average"] for line in runs]
             points.append((100 * fraction, np.mean(averages), np.std(averages, ddof=len(runs) > 1)))
         marker, colour, _ = CURVES[group[0]["method"]]
-        axis.errorbar(*zip(*points), color=colour, marker=marker, capsize=3, label=title,
-                      linestyle="--" if "[" in title else "-")  # rows told apart by settings
+        axis.errorbar(*zip(*points), color=colour, marker=marker, capsize=3, label=title)
     axis.set(xscale="log", xlabel="labelled training data, %", ylabel="average accuracy, %")
     axis.set_xticks(PERCENT, map(str, PERCENT))
-    axis.minorticks_off()
     axis.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False)
 
 
@@ -254,8 +246,7 @@ def report(folder):
     class names its own; reads results.jsonl and nothing else."""
     lines = linear_eval.Results(folder).read() if folder.is_dir() else []
     if not lines:
-        raise data.DataError(f"{folder}/results.jsonl: no results there; linear_eval.py and "
-                             "finetune.py write them")
+        raise data.DataError(f"{folder}: no results: linear_eval.py and finetune.py write them")
     simulated = any(line["simulated"] for line in lines)
     heading = "SIMULATED data, which say nothing about the methods" if simulated else "Results"
     parts = [f"# {heading}\n",
@@ -279,8 +270,6 @@ def report(folder):
     figure.savefig(folder / "label_fraction.png", dpi=130)
     print(f"wrote tables.md and label_fraction.png in {folder}")
 
-
-# --------------------------------------------------------------------------------------------- maps
 
 def band_names(raster, needed):
     """Names of a raster's bands: its own or, where these are not those needed, of a product with as
@@ -455,6 +444,7 @@ def class_colours(names):
 
 def draw_map(out, path, scene, offset, content):
     """Picture of a scene, its map and the legend; of several labels the most probable one."""
+    names = content["classes"]
     raster, bands = scene.get("s2") or scene["s1"]
     shrink = max(1, *(side / 1500 for side in raster.shape))
     shape = [math.ceil(side / shrink) for side in raster.shape]
@@ -470,7 +460,6 @@ def draw_map(out, path, scene, offset, content):
     left, right = figure.subplots(1, 2, subplot_kw={"xticks": [], "yticks": []})
     left.imshow(picture, "gray", vmin=-25, vmax=0)  # dB; colours stay as they are
     left.set_title(title)
-    names = content["classes"]
     drawn = right.imshow(np.ma.masked_equal(classes, 255), class_colours(names), vmin=-0.5,
                          vmax=len(names) - 0.5, interpolation="nearest")
     figure.colorbar(drawn, ticks=range(len(names))).set_ticklabels(names)
@@ -494,10 +483,8 @@ def main():
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
     add("--classifier-lr", type=float, default=3e-6)
     add("--weight-decay", type=float, default=1e-3)
-    add("--drop-epoch", type=int, default=100,
-        help="both rates times 0.1 from this epoch on (default %(default)s)")
+    add("--drop-epoch", type=int, default=100, help="both rates times 0.1 from this epoch on")
     args, content = linear_eval.read_options(parser)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     if args.report:
         report(args.report)

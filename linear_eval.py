@@ -121,8 +121,6 @@ class Results:
             tqdm.write(f"  not in the test data, so not in the average: {', '.join(absent)}")
 
 
-# ------------------------------------------------------------------------------------ linear probe
-
 def band_statistics(x):
     """In place of a network: (N, c, h, w) -> (N, 2c) standard deviation and mean per band."""
     return torch.cat(torch.std_mean(x, (2, 3)), 1)
@@ -303,8 +301,6 @@ def evaluate(args, content):
         results.add(key, scores, counts=counts)
 
 
-# ----------------------------------------------------------------------- embeddings, and retrieval
-
 def embed(args, content):
     """--embed: each sensor's embedding of every patch, the mean over the crops that cover it."""
     patches = open_patches(args, content)
@@ -392,8 +388,6 @@ def draw_retrieval(args, rows, nearest, title):
                     f"Sentinel-2, {colours}, the right one framed", fontsize=10)
     figure.savefig(args.retrieve, dpi=110)
 
-
-# ------------------------------------------------------------------------------------- command line
 
 def evaluation_parser(description):
     """-> parser with the options that linear_eval.py and finetune.py have in common."""

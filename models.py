@@ -47,8 +47,6 @@ class CheckpointError(Exception):
     """A checkpoint cannot be used as asked. The text is one line: which, why, and the mend."""
 
 
-# ---------------------------------------- networks
-
 def resnet(arch, bands):
     """torchvision's network with random weights: (N, bands, h, w) -> (N, 512), resnet50 2048."""
     network = ARCHITECTURES[arch](weights=None)
@@ -176,8 +174,6 @@ def autocast(precision, device):
     enabled = resolve_precision(precision, device) == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
-
-# ---------------------------------------- losses
 
 def nt_xent(z1, z2, temperature, first=0, n=None):
     """NT-Xent (Chen et al. 2020) over 2N embeddings, here of two sensors.
@@ -362,8 +358,6 @@ def load_classifier(checkpoint):
                               f"{len(content['classes'])} classes") from None
     return model.eval().requires_grad_(False), scaling, content["classes"]
 
-
-# ---------------------------------------- export
 
 # From S1 in dB and S2 as reflectance x 10,000 to network input, as data.to_input() does it.
 SCALING = {

@@ -87,7 +87,7 @@ def sparse_store(folder, count=180_662, size=256):
     folder.mkdir()
     plan = {"format": data.STORE_FORMAT, "bands": {"s1": data.S1_BANDS, "s2": data.S2_BANDS},
             "size": [size, size], "classes": data.CLASSES, "codes": data.DFC_CODES, "labelled": False,
-            "simulated": True, "s2_offset": None, "s2_offsets": 0, "splits": ["spring"] * count,
+            "simulated": True, "s2_offset": None, "s2_offsets": 0, "identity": "none", "splits": ["spring"] * count,
             "ids": [f"ROIs1158_spring_{k // 700}_p{k % 700}" for k in range(count)],
             "scenes": [f"ROIs1158_spring_{k // 700}" for k in range(count)]}
     for name, (dtype, shape) in data.layout(plan).items():
@@ -172,13 +172,12 @@ def data_path():
         simulate.simulate_sen12ms(folder / "few", scenes=1, patches=25, size=256)
         simulate.simulate_sen12ms(folder / "small", scenes=1, patches=25, size=32)
         tree = copies(folder / "few", folder / "tree", 250)
-        pairs = data.find_pairs(tree)[0]
-        plan = data.make_plan(tree, pairs)
+        pairs = data.find_pairs(tree)
+        plan = data.make_plan(tree, pairs, None)
         whole = best_rates({
             "read": lambda k: all(data.ahead(lambda pair: data.read_patch(pair, plan), pairs, 2)),
             "pack": lambda k: data.pack(tree, folder / f"store {k}", 2)}, len(pairs), 3)
         patches = data.Patches(folder / "store 0")
-        patches.cold = 0  # the store is in the page cache
         order = [data.random_crops(patches.rows, patches.size, side, batch, 0, k)[0] for k in range(25)]
         crops = empty_crops(batch, side)
         one = best_rates({"bare": lambda k: bare_loop(patches.arrays, order[k], crops),

@@ -374,7 +374,7 @@ def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, mo
         model, scaling, names = models.load_classifier(path)
         content = models.load_checkpoint(path)
         assert not model.training and names == line["classes"] and content["task"] == line["task"]
-        assert content["crop"] == 32 and content["simulated"] and content["scores"][0]["average"] == pytest.approx(line["average"], abs=1e-5)
+        assert content["crop"] == 32 and content["simulated"] and content["scores"]["average"] == pytest.approx(line["average"], abs=1e-5)
         crops = data.grid_crops(rows, patches.size, 32, 16)
         s1, s2, *_ = next(iter(data.loader(patches, crops, 32)))
         got = model(*data.to_input(s1, s2, **scaling))
