@@ -393,7 +393,7 @@ class Patches:
             raise DataError(f"{path}: no band {' '.join(unknown)}, see --bands; it has {stored}")
         self.bands = {key: [band for band in bands if band in stored[key]] for key in stored}
         self.picks = [[*map(stored[key].index, self.bands[key])] for key in stored]
-        self.picks.append([0])  # the class map
+        self.picks += [[0]] * self.labelled  # the class map
 
     def rows_of(self, *splits):
         """Good rows of these splits."""

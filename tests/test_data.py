@@ -640,12 +640,14 @@ def test_batches_do_not_depend_on_threads(store, classes, bands):
             same(found, expected)  # all of them kept: none shares its pixels with another
 
 
-def test_class_maps_are_read_only_where_asked_for(store):
+def test_class_maps_are_read_only_where_asked_for(store, tmp_path, rng):
     patches = data.Patches(store)
-    del patches.arrays[2]
+    patches.arrays[2] = None
     assert all(classes is None for _, _, classes, _ in data.loader(patches, some_batches(), 9))
-    with pytest.raises(IndexError):
-        list(data.loader(patches, some_batches(), 9, classes=True))
+    write_tree(tmp_path / "t", rng, 5, labels=False)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    with pytest.raises(IndexError):  # and not what happened to be in the memory
+        list(data.loader(patches, data.centre_crops(patches.rows, (16, 16), 8, 2), 8, classes=True))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
