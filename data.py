@@ -382,6 +382,7 @@ class Patches:
         vars(self).update(self.index)  # ids, scenes, classes, size, left_out, simulated, ...
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
+        self.files = [open(array.filename, "rb") for array in maps]  # noqa: SIM115
         self.path, self.splits = str(path), np.array(self.splits)
         self.rows = np.flatnonzero(self.records["state"])
         label = self.records["pixels"].argmax(1)
@@ -413,7 +414,10 @@ class Patches:
     def cut(self, rows, tops, lefts, crops):
         """Fill tensors (B, c, size, size) of s1, s2 and perhaps classes with crops of the rows."""
         size = crops[0].shape[-1]
-        for array, picks, tensor in zip(self.arrays, self.picks, crops):
+        for file, array, picks, tensor in zip(self.files, self.arrays, self.picks, crops):
+            header = os.fstat(file.fileno()).st_size - array.nbytes
+            for start in header + rows * array.strides[0]:  # page by page, a disk is slow
+                os.posix_fadvise(file.fileno(), start, array.strides[0], os.POSIX_FADV_WILLNEED)
             if picks == list(range(array.shape[1])):
                 picks = slice(None)  # no copy between, as a list makes one
             for crop, row, top, left in zip(tensor.numpy(), rows, tops, lefts):

@@ -65,7 +65,7 @@ def table(title, header, rows):
 
 def copies(tree, out, count):
     """A tree of `count` patches whose files are hard links to those of a small one, other names."""
-    pairs = data.find_pairs(tree)[0]
+    pairs = data.find_pairs(tree)
     for k in range(count):
         for sensor in ("s1", "s2"):
             name = f"ROIs1158_spring_{sensor}_{k % 9}_p{k}.tif"

@@ -683,6 +683,23 @@ def test_breaking_off_leaves_no_thread(store):
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("classes", [False, True])
+def test_all_patches_of_a_batch_are_asked_for_and_no_more(store, monkeypatch, classes):
+    asked = []
+
+    def advise(file, start, length, advice):
+        assert advice == os.POSIX_FADV_WILLNEED
+        asked.append((Path(os.readlink(f"/proc/self/fd/{file}")).name, start, length))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    batch = np.array([20, 1, 4, 1]), np.array([2, 0, 7, 5]), np.array([0, 1, 3, 2])
+    same(list(data.loader(data.Patches(store), [batch], 9, classes=classes)),
+         list(by_hand(data.Patches(store), [batch], 9, classes)))
+    lengths = {"s1.npy": 2 * 16 * 12 * 2, "s2.npy": 13 * 16 * 12 * 2, "classes.npy": 16 * 12}
+    assert asked == [(name, 128 + row * length, length) for name, length in [*lengths.items()][:2 + classes]
+                     for row in batch[0]]
+
+
 # ------------------------------------------------------------------------------ as a user
 
 def refused(monkeypatch, capsys, *args):
