@@ -11,13 +11,13 @@ reflectance x 10,000, perhaps `classes.npy` (N, H, W), `patches.npy` (N,) record
 import argparse
 import contextlib
 import fcntl
+import glob
 import hashlib
 import json
 import logging
 import math
 import os
 import re
-import shutil
 import sys
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -136,13 +136,14 @@ def standardise(x, stats):
 def find_pairs(tree):
     """-> list of {"id", "split", "scene", and the paths "s1", "s2", "classes" that are there}."""
     found = defaultdict(dict)
-    for path in tqdm(Path(tree).glob("**/*.tif*"), desc="looking for files", delay=1):
-        name = f"/{path.relative_to(tree)}"
-        if match := ROI_FILE.fullmatch(name):
+    names = glob.iglob("**/*.tif*", root_dir=tree, recursive=True)
+    for name in tqdm(names, desc="looking for files", delay=1):
+        path = f"{tree}/{name}"
+        if match := ROI_FILE.fullmatch(f"/{name}"):
             season, split, sensor, scene, number = match.groups()
             scene = f"{season}_{scene}"
             patch, sensor = f"{scene}_{number}", sensor.replace("dfc", "classes")
-        elif match := PLAIN_FILE.fullmatch(name):
+        elif match := PLAIN_FILE.fullmatch(f"/{name}"):
             split, sensor, patch = match.groups("")
             split = split.replace("train", "validation")  # as DFC2020 names it
             patch = f"{split}/{patch}".lstrip("/")
@@ -151,7 +152,7 @@ def find_pairs(tree):
             continue
         if sensor in found[patch]:
             raise DataError(f"{found[patch][sensor]}, {path}: the same patch: remove one")
-        found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: str(path)}
+        found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
     if not any(pair.keys() >= {"s1", "s2"} for pair in found.values()):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and ROIs"
                         "1158_spring_s2_1_p30.tif, or s1/NAME.tif and s2/NAME.tif: see README")
@@ -182,21 +183,21 @@ def read_tif(path, kind, *shape):
     """-> array of this kind and (bands, height, width); DataError: why this file is none."""
     try:
         with rasterio.open(path) as tif:
-            pixels = tif.read()
+            dtype, found = tif.dtypes[0], (tif.count, *tif.shape)
+            if found == shape and dtype.startswith(kind):
+                return tif.read()
     except rasterio.errors.RasterioError:
         raise DataError(f"{Path(path).name}: cannot be read, truncated or not a TIFF") from None
-    if pixels.shape != shape or not pixels.dtype.name.startswith(kind):
-        raise DataError(f"{Path(path).name}: {pixels.dtype} {pixels.shape} of bands, height, width;"
-                        f" not {kind[-1]} {shape}")
-    return pixels
+    raise DataError(f"{Path(path).name}: {dtype} {found} of bands, height, width; not {kind[-1]} "
+                    f"{shape}")
 
 
 def read_patch(pair, plan):
     """-> s1 int16 (C1, H, W) in 1/100 dB, s2 uint16 (C2, H, W) reflectance x 10,000, classes uint8
     (H, W) and the offset that was subtracted from s2; raises DataError for a bad patch."""
     names, size, offset = plan["bands"]["s2"], plan["size"], plan["s2_offset"]
-    if lacking := {"s1", "s2"} - pair.keys():
-        raise DataError(f"no {lacking.pop()} file")
+    if lacking := [sensor for sensor in ("s1", "s2") if sensor not in pair]:
+        raise DataError(f"no {lacking[0]} file")
     s1 = read_tif(pair["s1"], ("float",), len(plan["bands"]["s1"]), *size)
     s2 = read_tif(pair["s2"], ("uint", "int"), len(names), *size)
     codes = np.full((1, *size), -1)  # no label
@@ -218,13 +219,14 @@ def read_patch(pair, plan):
 
 def make_plan(tree, pairs, s2_offset):
     """What a packing is to hold: the same at every start of it, and in the end in index.json."""
-    legend, root = read_legend(tree), Path(tree).resolve()
-    first = next(pair["s2"] for pair in pairs if "s2" in pair)
-    with rasterio.open(first) as tif:
-        count, size = tif.count, tif.shape
+    legend, root, count, size = read_legend(tree), Path(tree).resolve(), 0, ()
+    for first in [pair["s2"] for pair in pairs if "s2" in pair]:  # that can be opened
+        with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(first) as tif:
+            count, size = tif.count, tif.shape
+            break
     bands = legend["s2"] or (L2A_BANDS if count == len(L2A_BANDS) else S2_BANDS)
     if count != len(bands):
-        raise DataError(f"{first}: {count} bands, not {bands}: name its bands in legend.json")
+        raise DataError(f"{first}: {count} bands, not {bands}: see legend.json in the README")
     near = (root, *root.parents, *root.glob("*/"))
     plan = {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": bands},
             "size": list(size), "classes": list(dict.fromkeys(legend["classes"].values())),
@@ -259,17 +261,21 @@ def flush(*paths):
 def make_arrays(store, plan):
     """All zero, with their place on the disk: a full one would kill whoever writes to the map."""
     arrays = layout(plan).items()
-    size = sum(math.prod(shape) * np.dtype(kind).itemsize for _, (kind, shape) in arrays)
-    if size > shutil.disk_usage(store).free:
-        raise DataError(f"{store}: no space for {size:,} bytes there: choose another folder")
-    for name, (dtype, shape) in arrays:
-        array = np.lib.format.open_memmap(store / name, "w+", dtype, shape)
-        with open(store / name, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+    try:
+        for name, (dtype, shape) in arrays:
+            array = np.lib.format.open_memmap(store / name, "w+", dtype, shape)
+            with open(store / name, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
+    except OSError as error:
+        for file in store.glob("*.npy"):
+            file.unlink()
+        size = sum(math.prod(shape) * np.dtype(kind).itemsize for _, (kind, shape) in arrays)
+        raise DataError(f"{store}: {error.strerror}, and it takes {size:,} bytes: make room, or "
+                        "choose another folder") from None
 
 
 def fill(store, pairs, plan, threads, max_bad):
-    """Read, judge and write the pairs whose rows are not whole; packing.json gets what came out."""
+    """Read, judge and write the pairs whose rows are not whole, and at last index.json."""
     files = [store / name for name in layout(plan)]
     *images, records = [np.load(file, mmap_mode="r+") for file in files]
     numbers, left_out, whole = [*range(len(plan["classes"])), IGNORE], {}, []
@@ -282,11 +288,12 @@ def fill(store, pairs, plan, threads, max_bad):
         for image, values in zip(images, (s1, s2, classes)):
             image[row] = values
         x = np.concatenate((s1, s2), dtype=float).reshape(len(s1) + len(s2), -1)
-        x[:len(s1)] /= 100  # dB
-        mean = x.mean(1)
+        mean = x.mean(1)  # of integers, whose sums are exact, as are those of their squares
         variance = np.einsum("bp,bp->b", x, x) / x.shape[1] - mean ** 2
+        unit = np.repeat((100, 1), (len(s1), len(s2)))
         pixels = np.bincount(classes.ravel(), minlength=256)[numbers]
-        records[row] = 0, offset, pixels, mean, variance, x.min(1), x.max(1)
+        records[row] = (0, offset, pixels, mean / unit, variance / unit ** 2,
+                        x.min(1) / unit, x.max(1) / unit)
         return row, None
 
     rows = np.flatnonzero(records["state"] == 0)
@@ -309,7 +316,7 @@ def fill(store, pairs, plan, threads, max_bad):
     part = store / "index.part"
     part.write_text(json.dumps(index))
     flush(*files, part)
-    part.replace(store / "packing.json")
+    part.replace(store / "index.json")
 
 
 def ahead(function, items, threads=None, depth=2):
@@ -341,19 +348,21 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     store.mkdir(parents=True, exist_ok=True)
     if any(store.iterdir()) and not (packing.exists() or index.exists()):
         raise other
-    if not index.exists():
-        with open(packing, "a+") as file:  # empty until the arrays are there, then it is the plan
+    if packing.exists() or not index.exists():
+        with open(packing, "a+") as file:  # a lock, and the plan, a line, once the arrays are there
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
             except BlockingIOError:
                 raise DataError(f"{store}: another packing writes it: wait for it") from None
-            if not (packing.stat().st_size or index.exists()):
+            text = json.dumps(plan) + "\n"
+            if not (packing.read_text().endswith("\n") or index.exists()):
                 make_arrays(store, plan)
-                packing.write_text(json.dumps(plan))
-            if not plan.items() <= json.loads(packing.read_text()).items():
-                raise other
-            fill(store, pairs, plan, threads, max_bad)
-            packing.replace(index)
+                packing.write_text(text)
+            if not index.exists():
+                if packing.read_text() != text:
+                    raise other
+                fill(store, pairs, plan, threads, max_bad)
+            packing.unlink()
     patches = Patches(store)
     if not plan.items() <= patches.index.items():
         raise other
@@ -415,9 +424,9 @@ class Patches:
         """Fill tensors (B, c, size, size) of s1, s2 and perhaps classes with crops of the rows."""
         size = crops[0].shape[-1]
         for file, array, picks, tensor in zip(self.files, self.arrays, self.picks, crops):
-            header = os.fstat(file.fileno()).st_size - array.nbytes
-            for start in header + rows * array.strides[0]:  # page by page, a disk is slow
-                os.posix_fadvise(file.fileno(), start, array.strides[0], os.POSIX_FADV_WILLNEED)
+            header, of_row = os.fstat(file.fileno()).st_size - array.nbytes, array.strides[0]
+            for start in [header + row * of_row for row in rows]:  # page by page, disks are slow
+                os.posix_fadvise(file.fileno(), start, of_row, os.POSIX_FADV_WILLNEED)
             if picks == list(range(array.shape[1])):
                 picks = slice(None)  # no copy between, as a list makes one
             for crop, row, top, left in zip(tensor.numpy(), rows, tops, lefts):
@@ -523,7 +532,7 @@ def show(patches, out):
         middles = (np.arange(len(rows)) + 0.5) * patches.size[1]
         above.set_xticks(middles, [names[label] for label in patches.labels[rows]])
     figure.suptitle(f"{'SIMULATED ' * patches.simulated}Sentinel-2 {title}, Sentinel-1")
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, format="png", dpi=110)
 
 
 def check(patches):
@@ -557,7 +566,7 @@ def main():
     commands.add_parser("check").add_argument("store")
     add = commands.add_parser("show").add_argument
     add("store")
-    add("out", help="picture to write")
+    add("out", help="PNG to write")
     args = vars(parser.parse_args())
     command = args.pop("command")
     patches = pack(**args) if command == "pack" else Patches(args["store"])

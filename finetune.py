@@ -80,8 +80,6 @@ def train(model, scaling, patches, rows, task, seed, args, name):
         feed = data.loader(patches, batches, args.crop, args.device, args.threads, classes=True)
         for s1, s2, classes, _ in feed:
             s1, s2 = data.to_input(s1, s2, **scaling)
-            if len(s1) == 1:  # batch norm may need two
-                s1, s2, classes = (torch.cat((x, x)) for x in (s1, s2, classes))
             s1, s2 = (x.contiguous(memory_format=torch.channels_last) for x in (s1, s2))
             with models.autocast(args.precision, args.device):
                 logits = model(s1, s2)
@@ -325,14 +323,15 @@ def offset_of(scene):
 
 def read_strip(scene, bands, window):
     """A window of a scene -> S1 and S2 (c, h, w) float32, NaN where there is no data, 0 if the
-    classifier does not look at it; (h, w) bool: a sensor has none there, which is NaN, the
-    raster's nodata value, or 0 in all bands."""
+    classifier does not look at it; (h, w) bool: a sensor has none there, which is NaN or the
+    raster's nodata value in a band, or 0 in all."""
     shape = window.height, window.width
     images = {sensor: np.zeros((len(names), *shape), "f4") for sensor, names in bands.items()}
     missing = np.zeros(shape, bool)
     for sensor, (raster, names) in scene.items():
         numbers = [names.index(band) + 1 for band in bands[sensor]]
-        image = raster.read(numbers, window=window, masked=True, out_dtype="f4").filled(np.nan)
+        image = raster.read(numbers, window=window, masked=raster.nodata != 0, out_dtype="f4")
+        image = np.ma.filled(image, np.nan)
         empty = ~(np.isfinite(image).all(0) & image.any(0))
         image[:, empty] = np.nan
         if sensor == "s1" and not (empty.all() or (image < 0).any()):
@@ -369,12 +368,10 @@ def classify(model, scaling, images, corners, crop, args):
     return torch.cat(logits)
 
 
-def map_strips(args, content, scene, step, offset):
+def map_strips(args, content, model, scaling, scene, step):
     """Yield a map from top to bottom, the next part of the scene read beside the computing: number
     of the first line, values (bands, lines, width) uint8, 255 for no data."""
-    model, scaling, _ = models.load_classifier(content)
-    model = model.to(args.device, memory_format=torch.channels_last)
-    scaling["s2_offset"], crop = offset, content["crop"]
+    model, crop = model.to(args.device, memory_format=torch.channels_last), content["crop"]
     raster, _ = scene.get("s2") or scene["s1"]
     tops, ends = windows(raster.height, crop, step)
     lefts, right_ends = windows(raster.width, crop, step)
@@ -403,6 +400,7 @@ def map_strips(args, content, scene, step, offset):
 def write_map(args):
     """--map: classes of a whole scene, georeferenced, and a picture beside it; all or nothing."""
     content = models.load_checkpoint(args.classifier)
+    model, scaling, _ = models.load_classifier(content)
     names, crop, multi = content["classes"], content["crop"], content["task"] == "multi"
     scene, step = open_scene(args, content), args.step or crop // 2
     raster, _ = scene.get("s2") or scene["s1"]
@@ -411,8 +409,10 @@ def write_map(args):
             f"{raster.name}: {raster.width} x {raster.height} px, --step {step}: the windows of "
             f"the classifier are {crop} x {crop} px: give a larger scene or a smaller step")
     part = args.map.with_suffix(".part.tif")
+    part.parent.mkdir(parents=True, exist_ok=True)
     try:
         offset = offset_of(scene) if args.s2_offset is None else args.s2_offset
+        scaling["s2_offset"] = offset
         with rasterio.open(
                 part, "w", driver="GTiff", dtype="uint8", nodata=255, compress="deflate",
                 height=raster.height, width=raster.width, count=len(names) if multi else 1,
@@ -424,7 +424,7 @@ def write_map(args):
             else:
                 colours = class_colours(names)(range(len(names)), bytes=True)
                 tif.write_colormap(1, dict(enumerate(map(tuple, colours.tolist()))))
-            for top, values in map_strips(args, content, scene, step, offset):
+            for top, values in map_strips(args, content, model, scaling, scene, step):
                 tif.write(values, window=Window(0, top, raster.width, values.shape[1]))
         draw_map(args.map.with_suffix(".png"), part, scene, offset, content)
         part.replace(args.map)

@@ -313,7 +313,7 @@ def embed(args, content):
         arrays |= {"labels": patches.labels[patches.rows], "classes": patches.classes}
     sensors = [name for name in content["encoders"] if args.sensors in ("both", name)]
     for sensor, embedding in zip(sensors, np.split(x, len(sensors), axis=1)):
-        arrays |= {sensor: embedding, f"{sensor}_bands": patches.bands[sensor]}
+        arrays |= {sensor: embedding, f"{sensor}_bands": models.bands_of(patches.bands, sensor)}
     with open(f"{args.embed}.tmp", "wb") as file:
         np.savez(file, **arrays)
     Path(f"{args.embed}.tmp").replace(args.embed)
@@ -386,7 +386,7 @@ def draw_retrieval(args, rows, nearest, title):
             axis.spines[:].set(color="#00c853", linewidth=4)
     figure.suptitle(f"{title}\n{patches.bands['s1'][0]} of Sentinel-1; below it the nearest of "
                     f"Sentinel-2, {colours}, the right one framed", fontsize=10)
-    figure.savefig(args.retrieve, dpi=110)
+    figure.savefig(args.retrieve, format="png", dpi=110)
 
 
 def evaluation_parser(description):
@@ -409,7 +409,8 @@ def evaluation_parser(description):
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"))
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
-    add("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
+    add("--device", choices=devices, default=devices[-1])
     return parser
 
 

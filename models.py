@@ -162,7 +162,7 @@ def resolve_precision(precision, device):
     """`auto` -> `bf16` where the device computes in it natively, else `float32`."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
+    if torch.device(device).type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -172,7 +172,7 @@ def resolve_precision(precision, device):
 def autocast(precision, device):
     """Context in which networks run."""
     enabled = resolve_precision(precision, device) == "bf16"
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def nt_xent(z1, z2, temperature, first=0, n=None):
@@ -288,8 +288,8 @@ def read_weights(path):
     """-> the dict in a file of torch.save, an empty one where it holds something else."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; python pretrain.py writes it") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}; python pretrain.py writes it") from None
     except Exception as error:  # a foreign file can raise anything in the unpickler
         reason = (f"truncated or not a checkpoint ({type(error).__name__}): "
                   "remove it, and a run goes on from previous.pt")

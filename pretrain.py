@@ -61,7 +61,8 @@ def arguments():
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
+    add("--device", choices=devices, default=devices[-1])
     add("--log-every", type=data.positive, default=10, help="steps, in log.jsonl (default 10)")
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/{args.method}")
@@ -77,7 +78,7 @@ def join_processes(args):
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device(args.device)
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if args.batch_size % world:
         raise data.DataError(f"--batch-size {args.batch_size} does not divide by {world} processes")
@@ -374,7 +375,8 @@ def train(args):
 
         epoch, within = divmod(step, epoch_steps)  # the epochs that are done, and 0 at their end
         logs = not within or step % args.log_every == 0
-        stop = gather(torch.tensor(signals[-1:]), world).max().item()  # between the hosts
+        if world == 1 or logs or step % 8 == 0:  # a message between the hosts
+            stop = gather(torch.tensor(signals[-1:]), world).max().item()
         if logs or stop:  # the only places where the host waits for the device
             loss = gather(loss[None], world).mean().item()
             norm = torch.nn.utils.get_total_norm(model.parameters())

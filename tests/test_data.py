@@ -107,7 +107,7 @@ BAD = {  # how to spoil a file -> the sensor, what is done to it, words of the r
     "label type": ("dfc", rewrite(np.float64), r"float64 \(1, .* not int"),
     "type": ("s2", rewrite(np.float32), "float32 .* not int"),
     "s1 type": ("s1", rewrite(np.int16), "int16 .* not float"),
-    "complex": ("s1", as_complex, "complex64 .* not float"),
+    "complex": ("s1", as_complex, "complex_int16 .* not float"),
     "truncated": ("s2", lambda p: os.truncate(p, p.stat().st_size // 2), "truncated"),
     "empty": ("s1", lambda p: p.write_bytes(b""), "not a TIFF"),
     "no TIFF": ("s1", lambda p: p.write_text("<html>please log in</html>"), "not a TIFF"),
@@ -309,16 +309,30 @@ def test_bad_files_by_name(seed, tmp_path):
             assert (array[row] == values).all()
 
 
-def test_bands_and_size_are_those_of_the_first_file(tmp_path, rng):
+def test_bands_and_size_are_those_of_the_first_file_that_opens(tmp_path, rng):
     written = list(write_tree(tmp_path / "t", rng, 12).values())
     written[0]["s2"].unlink()
     patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.1)
     assert len(patches.rows) == 11 and len(patches.bands["s2"]) == 13 and list(patches.size) == [16, 16]
-    BAD["truncated"][1](written[1]["s1"])  # and none of it is read
     written[1]["s2"].write_bytes(b"")
-    with pytest.raises(OSError, match=written[1]["s2"].name):
-        data.pack(tmp_path / "t", tmp_path / "other", max_bad=0.1)
-    assert not (tmp_path / "other").exists()
+    written[2]["s2"].unlink()
+    written[2]["s2"].symlink_to("gone")
+    assert len(data.pack(tmp_path / "t", tmp_path / "other", max_bad=0.3).rows) == 9
+    for files in written[1:]:
+        files["s2"].unlink()
+        files["s2"].write_bytes(b"")
+    with pytest.raises(data.DataError, match=written[-1]["s2"].name + ": 0 bands"):
+        data.pack(tmp_path / "t", tmp_path / "no such")
+    assert not (tmp_path / "no such").exists()
+
+
+def test_linked_folders_are_looked_into_and_hidden_files_are_not(tmp_path, rng):
+    written = write_tree(tmp_path / "elsewhere", rng, 6, layout="plain")
+    (tmp_path / "t").mkdir()
+    for sensor in ("s1", "s2", "classes"):
+        (tmp_path / "t" / sensor).symlink_to(tmp_path / "elsewhere" / sensor)
+    (tmp_path / "elsewhere/s1/._place.tif").write_bytes(b"of a Mac")
+    assert data.pack(tmp_path / "t", tmp_path / "store").ids == list(written)
 
 
 def test_lc_files_are_no_labels(tmp_path, rng):
