@@ -163,11 +163,6 @@ def test_both_rates_drop_to_a_tenth_at_the_drop_epoch(labelled, monkeypatch):
     assert np.allclose(rates, [[1e-3, 1e-3]] * 2 + [[1e-4, 1e-4]] * 4)
 
 
-def test_a_batch_of_one_sample(labelled):
-    model = fit_some(labelled, [0, 1, 2])  # batches of 2 and 1, and the last map is 1 x 1
-    assert all(p.isfinite().all() for p in model.state_dict().values())
-
-
 def test_a_loss_that_is_not_finite_is_named(labelled):
     with pytest.raises(data.DataError, match="a run: the loss is nan after epoch 1: try"):
         fit_some(labelled, [0, 1, 2, 3], 1e30)

@@ -187,7 +187,8 @@ def test_what_either_sensor_did_not_see_is_255(tmp_path, monkeypatch):
     s1[:, 10:20, 10:30], s1[0, 40:45, :5], s2[:, 60:70, 100:] = np.nan, -np.inf, 0
     s1[:, 100:110, 90:100] = -9999
     write_tif(tmp_path / "S1.tif", s1, nodata=-9999)
-    write_tif(tmp_path / "S2.tif", s2)
+    s2[3, 80:90] = 0  # one dark band is data, also where 0 stands for none
+    write_tif(tmp_path / "S2.tif", s2, nodata=0)
     write_classifier(tmp_path / "c.pt")
     labels, = make_map(monkeypatch, tmp_path)
     holes = np.zeros((150, 170), bool)
@@ -288,9 +289,15 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch):
             make_map(monkeypatch, tmp_path, *options, **changes)
         assert words in str(error.value) and "\n" not in str(error.value)
         assert not list(tmp_path.glob("map*"))
-    for path in ("foreign.pt", "nowhere.pt"):
+    for path in ("foreign.pt", "nowhere.pt", "."):
         with pytest.raises(models.CheckpointError):
             models.load_classifier(tmp_path / path)
+    encoders = torch.load(tmp_path / "c.pt", weights_only=True)
+    for key in ("fc", "crop", "task"):
+        encoders.pop(key)
+    torch.save(encoders, tmp_path / "c.pt")
+    with pytest.raises(models.CheckpointError, match="encoders without a classifier"):
+        make_map(monkeypatch, tmp_path)
 
 
 def test_warping_as_the_error_says_makes_one_grid(tmp_path, monkeypatch):
