@@ -392,7 +392,7 @@ class Patches:
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
         self.files = [open(array.filename, "rb") for array in maps]  # noqa: SIM115
-        self.path, self.splits = str(path), np.array(self.splits)
+        self.path, self.splits, self.cached = str(path), np.array(self.splits), None
         self.rows = np.flatnonzero(self.records["state"])
         label = self.records["pixels"].argmax(1)
         label[(label == len(self.classes)) | (self.records["state"] == 0)] = IGNORE
@@ -431,6 +431,14 @@ class Patches:
                 picks = slice(None)  # no copy between, as a list makes one
             for crop, row, top, left in zip(tensor.numpy(), rows, tops, lefts):
                 crop[:] = array[row, picks, top:top + size, left:left + size]
+
+    def hold(self, device):
+        """Keep the selected bands on the device, where a batch is one operation. -> self"""
+        self.cached = []
+        for array, picks in zip(self.arrays, self.picks):
+            signed = array[:, picks].view(f"i{array.itemsize}")  # torch lacks unsigned ones
+            self.cached.append(torch.from_numpy(signed).to(device))
+        return self
 
 
 def split_scenes(patches, share):
@@ -497,7 +505,15 @@ def loader(patches, batches, crop, device="cpu", threads=None, classes=False):
             crops = [tensor.to(device, non_blocking=True) for tensor in crops]
         return batch[0], crops, stream and stream.record_event()
 
-    for rows, crops, copied in ahead(cut, batches, threads):
+    def cut_cached(batch):
+        at = torch.from_numpy(np.stack(batch))
+        rows, tops, lefts = (at.pin_memory() if stream else at).to(device, non_blocking=True)
+        windows = [tensor.unfold(2, crop, 1).unfold(3, crop, 1) for tensor in patches.cached]
+        crops = [window[rows, :, tops, lefts].view(kind) for window, kind in zip(windows, kinds)]
+        return batch[0], crops, None
+
+    cuts = map(cut_cached, batches) if patches.cached else ahead(cut, batches, threads)
+    for rows, crops, copied in cuts:
         if copied:
             computing = torch.cuda.current_stream(device)
             computing.wait_event(copied)

@@ -409,6 +409,7 @@ def evaluation_parser(description):
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"))
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
+    add("--cache", choices=("device",), help="hold the data on the device")
     devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
     add("--device", choices=devices, default=devices[-1])
     return parser
@@ -439,7 +440,7 @@ def open_patches(args, content):
         if sensor in "+".join(method["inputs"]) and not bands:
             raise data.DataError(f"--bands: {args.method} needs bands of {sensor}")
     patches.simulated = patches.simulated or content.get("simulated", False)
-    return patches
+    return patches.hold(args.device) if args.cache else patches
 
 
 def open_labelled(args, content):

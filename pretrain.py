@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import models
 
-FREE = {"out", "threads", "device", "log_every", "eval_every"}  # to change in a run
+FREE = {"out", "threads", "cache", "device", "log_every", "eval_every"}  # to change in a run
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -61,6 +61,7 @@ def arguments():
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
+    add("--cache", choices=["device"], help="hold the data in the device's memory")
     devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
     add("--device", choices=devices, default=devices[-1])
     add("--log-every", type=data.positive, default=10, help="steps, in log.jsonl (default 10)")
@@ -99,7 +100,7 @@ def gather(x, world):
     return everyone
 
 
-def open_patches(args):
+def open_patches(args, device):
     """The store with the bands that the method takes."""
     rgb = args.method == "simclr-rgb"
     patches = data.Patches(args.data, args.bands or (models.RGB if rgb else None))
@@ -107,7 +108,7 @@ def open_patches(args):
     if not (len(s2) == 3 if rgb else s1 and s2):
         needs = "three of Sentinel-2" if rgb else "bands of both sensors"
         raise data.DataError(f"--bands {s1 + s2}: {args.method} takes {needs}")
-    return patches
+    return patches.hold(device) if args.cache else patches
 
 
 def batches_from(start, rows, size, args, rank=0, world=1):
@@ -327,7 +328,7 @@ def moment(device):
 
 def train(args):
     rank, world, device = join_processes(args)
-    patches = open_patches(args)
+    patches = open_patches(args, device)
     rows, held = data.split_scenes(patches, args.holdout)
     epoch_steps = len(rows) // args.batch_size
     if not epoch_steps:
@@ -418,7 +419,7 @@ def main():
     try:
         train(arguments())
     except torch.OutOfMemoryError:
-        raise data.DataError("out of memory: choose a --micro-batch") from None
+        raise data.DataError("out of memory: choose a --micro-batch, and no --cache") from None
 
 
 if __name__ == "__main__":

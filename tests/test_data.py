@@ -368,10 +368,11 @@ def test_bands_by_name_in_any_order(tmp_path, rng):
         some = data.Patches(store, bands)
         assert some.bands["s1"] + some.bands["s2"] == sorted(bands, key=lambda b: b in data.L2A_BANDS)
         batch = np.array([4]), np.array([2]), np.array([1])
-        (a, b, classes, _), = data.loader(some, [batch], 9)
-        assert (a[0].numpy() == s1[radar, 2:11, 1:10]).all() and a.shape[1] == len(radar)
-        assert (b[0].numpy() == s2[optical, 2:11, 1:10]).all() and b.shape[1] == len(optical)
-        assert classes is None
+        for patches in (some, data.Patches(store, bands).hold("cpu")):
+            (a, b, classes, _), = data.loader(patches, [batch], 9)
+            assert (a[0].numpy() == s1[radar, 2:11, 1:10]).all() and a.shape[1] == len(radar)
+            assert (b[0].numpy() == s2[optical, 2:11, 1:10]).all() and b.shape[1] == len(optical)
+            assert classes is None
 
 
 # ------------------------------------------------------------------------------ processing baseline
@@ -645,12 +646,14 @@ def by_hand(patches, batches, crop, classes=False):
 
 @pytest.mark.parametrize("classes", [False, True])
 @pytest.mark.parametrize("bands", [None, ["B8", "VH", "B1"]])
-def test_batches_do_not_depend_on_threads(store, classes, bands):
+def test_batches_do_not_depend_on_threads_or_where_they_are_cut(store, classes, bands):
     for batches, crop in ((some_batches(), 9), (data.grid_crops(np.arange(23), (16, 12), 7, 6), 7),
                           (data.centre_crops([3, 3, 9], (16, 12), 12, 100), 12)):
         expected = list(by_hand(data.Patches(store, bands), batches, crop, classes))
-        for threads in (1, 2, 5, None):
-            found = list(data.loader(data.Patches(store, bands), batches, crop, "cpu", threads, classes))
+        for threads, held in ((1, False), (2, False), (5, False), (None, False), (1, True), (3, True)):
+            patches = data.Patches(store, bands)
+            patches = patches.hold("cpu") if held else patches
+            found = list(data.loader(patches, batches, crop, "cpu", threads, classes))
             same(found, expected)  # all of them kept: none shares its pixels with another
 
 
@@ -660,8 +663,9 @@ def test_class_maps_are_read_only_where_asked_for(store, tmp_path, rng):
     assert all(classes is None for _, _, classes, _ in data.loader(patches, some_batches(), 9))
     write_tree(tmp_path / "t", rng, 5, labels=False)
     patches = data.pack(tmp_path / "t", tmp_path / "store")
-    with pytest.raises(IndexError):  # and not what happened to be in the memory
-        list(data.loader(patches, data.centre_crops(patches.rows, (16, 16), 8, 2), 8, classes=True))
+    for held in (patches, data.Patches(tmp_path / "store").hold("cpu")):
+        with pytest.raises(IndexError):  # and not what happened to be in the memory
+            list(data.loader(held, data.centre_crops(patches.rows, (16, 16), 8, 2), 8, classes=True))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

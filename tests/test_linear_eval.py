@@ -464,6 +464,7 @@ def test_embeddings_do_not_depend_on_batches_and_threads(tmp_path, labelled, che
     one = embeddings(monkeypatch, checkpoint, labelled, tmp_path / "one.npz", "--batch-size", 7,
                      "--threads", 1)
     other = embeddings(monkeypatch, checkpoint, labelled, tmp_path / "other", "--threads", 3)
+    held = embeddings(monkeypatch, checkpoint, labelled, tmp_path / "held", "--cache", "device")
     patches = data.Patches(labelled)
     assert one["ids"].tolist() == patches.ids and one["simulated"]
     assert one["labels"].tolist() == patches.labels.tolist()
@@ -472,6 +473,7 @@ def test_embeddings_do_not_depend_on_batches_and_threads(tmp_path, labelled, che
     assert one["s1"].shape == one["s2"].shape == (56, 512)
     for sensor in ("s1", "s2"):
         np.testing.assert_allclose(one[sensor], other[sensor], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(one[sensor], held[sensor], rtol=0, atol=1e-5)
     encoders, scaling = models.load_encoders(checkpoint)
     s1, s2 = crops_of(patches, 5, (0, 0, 8, 8), (0, 8, 0, 8))  # of 32 px, that cover 40
     with torch.no_grad():
