@@ -130,7 +130,7 @@ def standardise(x, stats):
     """(N, c, h, w) float -> mean 0, variance 1 per channel; one that never varies is centred."""
     numbers = torch.tensor([stats["mean"], stats["std"]], dtype=torch.float32)
     mean, std = numbers.to(x.device, non_blocking=True)[..., None, None]
-    return (x - mean) / torch.where(std > 0, std, 1)
+    return (x - mean) / torch.where(std > 1e-6, std, 1)
 
 
 def find_pairs(tree):
@@ -375,6 +375,7 @@ class Patches:
     ids, scenes: lists of str. splits: (N,) a season, `validation`, `test` or "". rows: of the good
     patches. labels: (N,) most frequent class of the patch, 255 for none; None without class maps.
     size: [H, W]. bands: {"s1": names, "s2": names} as selected. classes: names. simulated: bool.
+    identity: 12 hexadecimal digits, others for other patches, pixels or options of packing.
     """
 
     def __init__(self, path, bands=None):

@@ -172,6 +172,7 @@ def test_statistics_of_bands_that_hardly_vary(tmp_path):
         s2[3], s2[10] = 10, 0
         data.rasterio.open(files["s2"], "r+").write(s2)
         s1 = rng.choice([-11.98, -11.99], (2, 64, 48)).astype(np.float32)
+        s1[1] = -12.37
         data.rasterio.open(files["s1"], "r+").write(s1)
     patches = data.pack(tmp_path / "t", tmp_path / "store")
     stats = patches.stats(patches.rows)
@@ -179,6 +180,8 @@ def test_statistics_of_bands_that_hardly_vary(tmp_path):
         assert np.allclose(stats[sensor]["mean"], values.mean((0, 2, 3)), rtol=1e-9)
         assert np.allclose(stats[sensor]["std"], values.std((0, 2, 3)), rtol=1e-6, atol=1e-12)
     assert stats["s2"]["std"][3] == stats["s2"]["std"][10] == 0
+    a, b = data.to_input(*(array[:4] for array in patches.arrays), "standard", stats)
+    assert a[:, 1].abs().max() < 1e-5 and b[:, 3].abs().max() == 0  # bands that never vary
 
 
 @pytest.mark.parametrize(("threads", "settle"), [(2, 64), (5, 8), (None, 3)])
