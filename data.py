@@ -386,9 +386,9 @@ class Patches:
                 raise ValueError(f"format {self.index['format']}, this version has {STORE_FORMAT}")
             maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(self.index)]
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-            raise DataError(f"{path}: not a whole store ({error}): `python data.py pack TREE STORE`"
-                            " makes or finishes one of a folder of GeoTIFFs; README says where "
-                            "SEN12MS is, and how to simulate data") from None
+            raise DataError(f"{path}: not a whole store ({error}): of a folder of GeoTIFFs `python "
+                            f"data.py pack {path} STORE` makes one, and finishes what broke off; "
+                            "README says where SEN12MS is, and how to simulate data") from None
         vars(self).update(self.index)  # ids, scenes, classes, size, left_out, simulated, ...
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]

@@ -764,7 +764,7 @@ def test_wrong_input_is_one_line_and_exit_status_2(tmp_path, rng, monkeypatch, c
     write_tree(four, rng, 3, layout="plain", bands=(2, 4))
     (tmp_path / "file").touch()
     for words, *command in (
-            (f"{tree}: not a whole store.*data.py pack .*README.*SEN12MS", "check", tree),
+            (f"{tree}: not a whole store.*data.py pack {tree} STORE.*README.*SEN12MS", "check", tree),
             (f"{tree}: not a whole store.*data.py pack ", "show", tree, tmp_path / "p.png"),
             (f"{tmp_path}/none: no pairs .*README", "pack", tmp_path / "none", store),
             ("9.tif: 4 bands.*legend.json", "pack", four, store),

@@ -265,7 +265,7 @@ def test_killed_at_any_moment(tree, packed, tmp_path, moment):
         if wait(pid) == 0:
             break
         if not (store / "index.json").exists():
-            with pytest.raises(data.DataError, match="not a whole store .* makes or finishes one"):
+            with pytest.raises(data.DataError, match="not a whole store .* finishes what broke off"):
                 data.Patches(store)
     data.pack(tree, store, max_bad=0.5)
     assert contents(store) == packed
