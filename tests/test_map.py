@@ -210,6 +210,11 @@ def test_values_that_are_not_in_db_are_said(tmp_path, monkeypatch):
     with pytest.raises(data.DataError, match="S1.tif: never below 0, so not in dB"):
         make_map(monkeypatch, tmp_path)
     assert not list(tmp_path.glob("map*"))
+    s1[:, 5:] = np.nan
+    s1[:, :5] = 3  # the tip of a swath over a town
+    write_tif(tmp_path / "S1.tif", s1)
+    labels, = make_map(monkeypatch, tmp_path)
+    assert (labels[:5] < 255).all() and (labels[5:] == 255).all()
 
 
 # -------------------------------------------------------------------------------- bands and offset
