@@ -288,12 +288,9 @@ def fill(store, pairs, plan, threads, max_bad):
         for image, values in zip(images, (s1, s2, classes)):
             image[row] = values
         x = np.concatenate((s1, s2), dtype=float).reshape(len(s1) + len(s2), -1)
-        mean = x.mean(1)  # of integers, whose sums are exact, as are those of their squares
-        variance = np.einsum("bp,bp->b", x, x) / x.shape[1] - mean ** 2
-        unit = np.repeat((100, 1), (len(s1), len(s2)))
+        x[:len(s1)] /= 100  # dB
         pixels = np.bincount(classes.ravel(), minlength=256)[numbers]
-        records[row] = (0, offset, pixels, mean / unit, variance / unit ** 2,
-                        x.min(1) / unit, x.max(1) / unit)
+        records[row] = 0, offset, pixels, x.mean(1), x.var(1), x.min(1), x.max(1)
         return row, None
 
     rows = np.flatnonzero(records["state"] == 0)
