@@ -1,0 +1,210 @@
+"""Trials of what else D-SimCLR could learn from, judged on real pairs: the tables of recipe.md.
+
+    python tests/ombria.py OMBRIA trees/R10 --regions regions.csv --test-regions R10
+    python data.py pack trees/R10/pairs folds/R10/pairs
+    python data.py pack trees/R10/flood folds/R10/flood          # for clip+dates alone
+    python tests/recipe.py clip+noise --fold folds/R10 --seed 0  # a line of trials.jsonl
+    python tests/recipe.py --table                               # all of them, in Markdown
+
+Every trial is 200 steps of D-SimCLR on crops of 48 px, batches of 64, Adam, learning rate 3e-4 for
+ten epochs, then a cosine to zero, scale `standard`, one thread. Judged is who finds whom among the
+held-out places: the mean of both ways and of five crops of a place, centre and corners.
+"""
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import models
+import pretrain
+
+CLIP = {"across": True}  # negatives of the other sensor alone: pretrain.py --recipe ours
+TRIALS = {
+    "poster": {},
+    "poster+constant": {"constant_epochs": 10 ** 6},  # the rate stays as it is
+    "clip": CLIP,
+    "clip+constant": CLIP | {"constant_epochs": 10 ** 6},
+    "clip+shift": CLIP | {"shift": 8},  # px at most, between the crops of the two sensors
+    "clip+dates": CLIP | {"later": 0.5},  # share of the radar crops that are of after the flood
+    "clip+dropband": CLIP | {"drop": 0.5},  # share of the optical crops that lose one band
+    "clip+noise": CLIP | {"noise": 0.3},  # on the radar, in standard deviations of its pixels
+    "barlow": {"barlow": 5e-3},  # Barlow Twins in place of the loss: weight of what is redundant
+    "clip+batch128": CLIP | {"batch_size": 128, "constant_epochs": 20},
+    "clip+adamw": CLIP | {"adamw": True, "weight_decay": 0.05},
+    "clip+ema": CLIP | {"ema": 0.98},  # the weights' moving average is judged
+}
+USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
+    "across": False, "shift": 0, "later": 0, "drop": 0, "noise": 0, "barlow": 0, "ema": 0,
+    "method": "d-simclr", "arch": "resnet18", "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
+    "adamw": False, "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
+DEVICE = torch.device("cpu")
+
+
+def barlow_twins(a, b, weight):
+    """Zbontar et al. 2021, of embeddings (N, d) with mean 0 and variance 1 over the batch."""
+    correlation = a.T @ b / len(a)
+    wrong = (correlation - torch.eye(len(correlation))).square()
+    return wrong.diagonal().sum() + weight * (wrong.sum() - wrong.diagonal().sum())
+
+
+def make_model(args, bands):
+    """-> (model, optimiser) of a trial."""
+    model, _, optimizer = pretrain.make_model(args, bands, DEVICE, world=1)
+    if args.barlow:  # it standardises the embeddings: so does retrieval
+        for head in model.heads.values():
+            head.append(torch.nn.BatchNorm1d(head[-1].out_features, affine=False))
+    if args.adamw:
+        optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    return model, optimizer
+
+
+def cut(images, tops, lefts, crop):
+    """Images (N, c, H, W) -> (N, c, crop, crop)."""
+    return np.stack([image[:, top:top + crop, left:left + crop]
+                     for image, top, left in zip(images, tops, lefts)])
+
+
+def training_input(batch, radar, optical, args, stats, rng):
+    """Batch of data.random_crops() -> network inputs. radar: S1 of every date, (dates, N, c, H,
+    W), optical: S2 before the flood, (N, c, H, W)."""
+    rows, *corner = batch
+    last = optical.shape[-1] - args.crop
+    moved = [np.clip(place + rng.integers(-args.shift, args.shift + 1, len(rows)), 0, last)
+             for place in corner]
+    dates = (rng.random(len(rows)) < args.later).astype(int)
+    s1, s2 = data.to_input(cut(radar[dates, rows], *corner, args.crop),
+                           cut(optical[rows], *moved, args.crop), "standard", stats)
+    s1 += args.noise * torch.from_numpy(rng.standard_normal(s1.shape, np.float32))
+    for image in s2:
+        if rng.random() < args.drop:
+            image[rng.integers(len(image))] = 0  # the mean
+    return [x.contiguous(memory_format=torch.channels_last) for x in (s1, s2)]
+
+
+@torch.no_grad()
+def judge(model, patches, rows, crop, stats):
+    """-> {"top1", "top5"}: mean over both ways, and over the centre and the corners of places."""
+    last, found = patches.size[0] - crop, []
+    model.eval()
+    for place in ((last // 2, last // 2), (0, 0), (0, last), (last, 0), (last, last)):
+        embeddings = []
+        for part in np.array_split(rows, len(rows) // 100 + 1):
+            where = [np.full(len(part), offset) for offset in place]
+            images = [cut(array[part], *where, crop) for array in patches.arrays[:2]]
+            with models.autocast("auto", DEVICE):
+                embeddings.append(model(*data.to_input(*images, "standard", stats)))
+        a, b = map(torch.cat, zip(*embeddings))
+        similarity = F.normalize(a) @ F.normalize(b).T
+        found += [models.retrieval(similarity), models.retrieval(similarity.T)]
+    return {key: float(np.mean([way[key] for way in found])) for key in ("top1", "top5")}
+
+
+def run(trial, fold, seed, steps):
+    """One trial -> its line of the results."""
+    torch.set_num_threads(1)
+    args = SimpleNamespace(**{**USUAL, **TRIALS[trial], "seed": seed})
+    patches = data.Patches(fold / "pairs")
+    rows, held = data.split_scenes(patches, share=0)
+    stats, radar = patches.stats(rows), patches.arrays[0][None]
+    if args.later:
+        flood = data.Patches(fold / "flood")
+        after = flood.arrays[0][[flood.ids.index(name) for name in patches.ids]]
+        radar = np.concatenate((radar, after[None]))
+    model, optimizer = make_model(args, patches.bands)
+    average = get_ema_multi_avg_fn(args.ema)
+    judged = AveragedModel(model, multi_avg_fn=average, use_buffers=True) if args.ema else model
+    epoch_steps = len(rows) // args.batch_size
+    args.epochs = steps / epoch_steps
+    rng, times = np.random.default_rng((seed, 2)), []
+    for step in tqdm(range(steps), f"{trial} {fold.name} seed {seed}"):
+        start = time.perf_counter()
+        epoch, within = divmod(step, epoch_steps)
+        if not within:
+            batches = data.random_crops(
+                rows, patches.size, args.crop, args.batch_size, seed, epoch, drop_last=True)
+        optimizer.param_groups[0]["lr"] = pretrain.learning_rate(step, epoch_steps, args)
+        inputs = training_input(batches[within], radar, patches.arrays[1], args, stats, rng)
+        with models.autocast("auto", DEVICE):
+            a, b = model(*inputs)
+        if args.barlow:
+            loss = barlow_twins(a, b, args.barlow)
+        else:
+            loss = model.loss(a, b, args.temperature, across=args.across)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if args.ema:
+            judged.update_parameters(model)
+        times.append(time.perf_counter() - start)
+    found = judge(judged, patches, held, args.crop, stats)
+    return {"trial": trial, "fold": fold.name, "seed": seed, "steps": steps, **found,
+            "loss": loss.item(), "places": len(held), "step_s": float(np.median(times)),
+            "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20,
+            "simulated": patches.simulated}
+
+
+def cell(values):
+    """Shares -> "mean ± sd" in %, of one value that alone."""
+    values = 100 * np.array(values)
+    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{spread}" if len(values) else ""
+
+
+def print_table(lines):
+    """All trials in Markdown, the poster's first."""
+    folds, scores = list(dict.fromkeys(line["fold"] for line in lines)), {}
+    for line in lines:
+        runs = scores.setdefault((line["trial"], line["fold"]), {"top1": [], "top5": []})
+        for key, values in runs.items():
+            values.append(line[key])
+    if any(line["simulated"] for line in lines):
+        print("SIMULATED data\n")
+    heading = [f"{fold} top-{count}" for fold in folds for count in (1, 5)]
+    print(f"| trial | runs | {' | '.join(heading)} | times the poster's top-1 / top-5, per fold |")
+    print("|" + "---|" * (len(heading) + 3))
+    for trial in sorted({trial for trial, _ in scores}, key=list(TRIALS).index):
+        cells, counts, times = [], [], []
+        for fold in folds:
+            own = scores.get((trial, fold), {"top1": [], "top5": []})
+            counts.append(str(len(own["top1"])))
+            cells += map(cell, own.values())
+            if own["top1"] and (poster := scores.get(("poster", fold))):
+                times.append(" / ".join(f"{np.mean(own[key]) / np.mean(poster[key]):.2f}"
+                                        for key in own))
+        print(f"| {trial} | {'/'.join(counts)} | {' | '.join(cells)} | {', '.join(times)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trial", nargs="?", choices=TRIALS)
+    parser.add_argument("--fold", type=Path, help="folder with the stores `pairs` and `flood`")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=data.positive, default=200)
+    parser.add_argument("--results", type=Path, default="trials.jsonl", help="default %(default)s")
+    parser.add_argument("--table", action="store_true", help="print what is in --results")
+    args = parser.parse_args()
+    if args.table:
+        return print_table([json.loads(line) for line in args.results.open()])
+    if not (args.trial and args.fold):
+        parser.error("give a trial and --fold, or --table")
+    line = json.dumps(run(args.trial, args.fold, args.seed, args.steps))
+    with args.results.open("a") as file:
+        print(line, file=file)
+    return print(line)
+
+
+if __name__ == "__main__":
+    data.run(main)
