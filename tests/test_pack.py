@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -34,6 +35,7 @@ def fork(function, *args):
         code = 1
         try:
             torch.set_num_threads(1)
+            data.tqdm.set_lock(threading.RLock())  # its own is shared: who is killed with it holds it for ever
             data.SETTLE = 8  # a few flushes
             function(*args)
             code = 0
