@@ -555,8 +555,9 @@ def check(patches):
     for split, count in Counter(patches.splits[patches.rows]).items():
         print(f"{split or 'patches'}: {count:,}")
     labels = Counter(patches.labels[patches.rows].tolist() if patches.labelled else ())
+    names = [*patches.classes, *["no label"] * IGNORE]
     for number, count in sorted(labels.items()):
-        print(f"{count:>8,} {[*patches.classes, *['no label'] * IGNORE][number]}")
+        print(f"{count:>8,} {names[number]}")
     print("band      lowest   highest      mean   (S1 in dB, S2 reflectance x 10,000)")
     records, bands = patches.records[patches.rows], patches.bands["s1"] + patches.bands["s2"]
     numbers = records["lowest"].min(0), records["highest"].max(0), records["mean"].mean(0)

@@ -380,7 +380,7 @@ def draw_retrieval(args, rows, nearest, title):
     axes = figure.subplots(*shown.T.shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for k, (column, line) in enumerate(np.ndindex(shown.shape)):
         axis = axes[line, column]
-        image = pictures[k] if line else s1[k, 0]
+        image = pictures[k] if line else s1[k, 0].numpy()
         axis.imshow(image, cmap="gray", vmin=-2500, vmax=0)  # 1/100 dB; colours stay as they are
         if line and shown[column, line] == queries[column]:
             axis.spines[:].set(color="#00c853", linewidth=4)
