@@ -1,8 +1,7 @@
-"""Pairs of Sentinel-1 and Sentinel-2 patches: packed once, cropped from the store, scaled to input.
+"""Pairs of Sentinel-1 and Sentinel-2 patches: packed once, then cropped from the store.
 
     python data.py pack TREE STORE     # GeoTIFFs to plain .npy: parallel, resumable, safe to kill
     python data.py check STORE         # counts beside the published ones, bad files, value ranges
-    python data.py show STORE OUT.png  # pairs side by side, with their classes
 
 A TREE is a folder of GeoTIFFs: SEN12MS or DFC2020 in any of their layouts (found by file name), or
 plain pairs, see README. A STORE holds `s1.npy` (N, C1, H, W) in 1/100 dB, `s2.npy` (N, C2, H, W)
@@ -38,8 +37,6 @@ DFC_CODES = {"1": "Forest", "2": "Shrubland", "4": "Grassland", "5": "Wetland", 
              "7": "Urban", "9": "Barren", "10": "Water"}  # savanna (3) and snow (8) are not used
 CLASSES = list(DFC_CODES.values())
 IGNORE = 255  # class of a pixel that is none of the classes; label of a patch that has none
-MISSING = -32768  # in S1 as integers
-SCALES = ("patch-max", "fixed", "standard")
 STORE_FORMAT = 3
 SETTLE = 256  # patches between two flushes of a packing
 ROI_FILE = re.compile(r".*/(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.tif")
@@ -76,61 +73,6 @@ def classes_from_codes(codes, legend=DFC_CODES):
     for code, name in legend.items():
         classes[np.equal(codes, int(code))] = names.index(name)
     return classes
-
-
-def class_counts(classes, count):
-    """(N, h, w) classes -> (N, count + 1) int64 pixels per class, the last column for 255."""
-    classes = torch.as_tensor(classes)
-    return torch.stack([(classes == c).sum((1, 2)) for c in (*range(count), IGNORE)], 1)
-
-
-def single_label(classes, count=8):
-    """(N, h, w) uint8 of `count` classes -> (N,) int64 tensor: the most frequent class (of equals
-    the first), or 255 where that is 255."""
-    label = class_counts(classes, count).argmax(1)
-    return torch.where(label == count, IGNORE, label)
-
-
-def multi_label(classes, share=0.1, count=8):
-    """(N, h, w) uint8 of `count` classes -> (N, count) float32 tensor: 1 for each class on at least
-    `share` of all pixels, the unlabelled ones counted in."""
-    needed = share * math.prod(classes.shape[1:]) - 1e-6
-    return (class_counts(classes, count)[:, :count] >= needed).float()
-
-
-def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
-    """Patches to network input, on the device where they are. Tensors or arrays.
-
-    s1: (N, c1, h, w) int16 in 1/100 dB, -32768 missing, or float in dB, NaN or infinite missing.
-    s2: (N, c2, h, w) reflectance x 10,000 + s2_offset, 1,000 in products of processing baseline
-        04.00 (2022) and later, 0 in a store. bands: {"s1": names, "s2": names} to be checked.
-    scale: `patch-max`, each channel of each patch by its own maximum after clipping (as published);
-        `fixed`, (dB + 25) / 25 and reflectance, clipped to 0..1; `standard`, by mean and standard
-        deviation, one a channel: stats = {"s1": {"mean": [dB], "std": [dB]}, "s2": {...}}.
-    -> two float32 tensors, finite for any input. DataError for other bands or an unknown scale.
-    """
-    s1, s2 = torch.as_tensor(s1), torch.as_tensor(s2)
-    for sensor, x in (("s1", s1), ("s2", s2)) if bands else ():
-        if x.shape[1] != len(bands[sensor]):
-            raise DataError(f"{sensor}: {x.shape[1]} channels, not {' '.join(bands[sensor])}")
-    missing = ~s1.isfinite() if s1.is_floating_point() else s1 == MISSING
-    s1 = (s1 if s1.is_floating_point() else s1 / 100).float().masked_fill(missing, -99)
-    s2 = (s2.float().nan_to_num(0, posinf=0, neginf=0) - s2_offset).clamp(0)
-    if scale == "standard":
-        return standardise(s1, stats["s1"]).masked_fill(missing, 0), standardise(s2, stats["s2"])
-    s1, s2 = s1.clamp(-25, 0) + 25, s2.clamp(max=10_000)
-    if scale == "fixed":
-        return s1 / 25, s2 / 10_000
-    if scale == "patch-max":
-        return tuple(x / (x.amax((2, 3), keepdim=True) + 1e-5) for x in (s1, s2))
-    raise DataError(f"scale {scale!r}: it is one of {', '.join(SCALES)}")
-
-
-def standardise(x, stats):
-    """(N, c, h, w) float -> mean 0, variance 1 per channel; one that never varies is centred."""
-    numbers = torch.tensor([stats["mean"], stats["std"]], dtype=torch.float32)
-    mean, std = numbers.to(x.device, non_blocking=True)[..., None, None]
-    return (x - mean) / torch.where(std > 1e-6, std, 1)
 
 
 def find_pairs(tree):
@@ -251,13 +193,6 @@ def layout(plan):
     return arrays | {"patches.npy": (record, (count,))}
 
 
-def flush(*paths):
-    """Wait until files are on the disk."""
-    for path in paths:
-        with open(path) as file:
-            os.fsync(file.fileno())
-
-
 def make_arrays(store, plan):
     """All zero, with their place on the disk: a full one would kill whoever writes to the map."""
     arrays = layout(plan).items()
@@ -276,8 +211,7 @@ def make_arrays(store, plan):
 
 def fill(store, pairs, plan, threads, max_bad):
     """Read, judge and write the pairs whose rows are not whole, and at last index.json."""
-    files = [store / name for name in layout(plan)]
-    *images, records = [np.load(file, mmap_mode="r+") for file in files]
+    *images, records = arrays = [np.load(store / name, mmap_mode="r+") for name in layout(plan)]
     numbers, left_out, whole = [*range(len(plan["classes"])), IGNORE], {}, []
 
     def pack_row(row):
@@ -301,7 +235,8 @@ def fill(store, pairs, plan, threads, max_bad):
             else:
                 whole.append(row)
             if len(whole) == SETTLE or row == rows[-1]:
-                flush(*files)  # rows before states: a power cut leaves no state alone
+                for array in arrays:  # rows before states: a power cut leaves no state alone
+                    array.flush()
                 records["state"][whole], whole = 1, []
             if len(left_out) > min(max_bad * len(pairs), len(pairs) - 1):
                 raise DataError(f"{store}: {len(left_out)} of {len(pairs)} patches cannot be used, "
@@ -310,10 +245,12 @@ def fill(store, pairs, plan, threads, max_bad):
     content = json.dumps(plan).encode() + records.tobytes()
     index = {**plan, "left_out": left_out, "identity": hashlib.sha256(content).hexdigest()[:12],
              "s2_offsets": int(np.count_nonzero(records["offset"]))}
-    part = store / "index.part"
-    part.write_text(json.dumps(index))
-    flush(*files, part)
-    part.replace(store / "index.json")
+    records.flush()
+    with open(store / "index.part", "w") as part:
+        part.write(json.dumps(index))
+        part.flush()
+        os.fsync(part.fileno())
+    os.replace(part.name, store / "index.json")
 
 
 def ahead(function, items, threads=None, depth=2):
@@ -418,18 +355,6 @@ class Patches:
             stats[sensor] = {"mean": mean.mean(0)[at].tolist(), "std": std[at].tolist()}
         return stats
 
-    def cut(self, rows, tops, lefts, crops):
-        """Fill tensors (B, c, size, size) of s1, s2 and perhaps classes with crops of the rows."""
-        size = crops[0].shape[-1]
-        for file, array, picks, tensor in zip(self.files, self.arrays, self.picks, crops):
-            header, of_row = os.fstat(file.fileno()).st_size - array.nbytes, array.strides[0]
-            for start in [header + row * of_row for row in rows]:  # page by page, disks are slow
-                os.posix_fadvise(file.fileno(), start, of_row, os.POSIX_FADV_WILLNEED)
-            if picks == list(range(array.shape[1])):
-                picks = slice(None)  # no copy between, as a list makes one
-            for crop, row, top, left in zip(tensor.numpy(), rows, tops, lefts):
-                crop[:] = array[row, picks, top:top + size, left:left + size]
-
     def hold(self, device):
         """Keep the selected bands on the device, where a batch is one operation. -> self"""
         self.cached = []
@@ -480,11 +405,6 @@ def grid_crops(rows, size, crop, batch_size, middle=False):
     return [tuple(values[k:k + batch_size] for values in every) for k in starts]
 
 
-def centre_crops(rows, size, crop, batch_size):
-    """The middle of each patch. -> as random_crops()."""
-    return grid_crops(rows, size, crop, batch_size, middle=True)
-
-
 def loader(patches, batches, crop, device="cpu", threads=None, classes=False):
     """Crops for batches of (rows, tops, lefts), cut ahead of their use by threads, of whose number
     order and content do not depend. Yields fresh s1 int16 (B, c1, crop, crop), s2 uint16 (B, c2,
@@ -495,10 +415,17 @@ def loader(patches, batches, crop, device="cpu", threads=None, classes=False):
     def cut(batch):
         if stream:
             torch.cuda.set_device(stream.device)  # each thread begins with the first GPU
-        shapes = [(len(batch[0]), len(picks), crop, crop) for picks in patches.picks]
-        crops = [torch.empty(shape, dtype=kind, pin_memory=bool(stream))
-                 for shape, kind in zip(shapes, kinds)]
-        patches.cut(*batch, crops)
+        crops = []
+        for kind, array, picks, file in zip(kinds, patches.arrays, patches.picks, patches.files):
+            of_row, header = array.strides[0], os.fstat(file.fileno()).st_size - array.nbytes
+            for start in [header + row * of_row for row in batch[0]]:  # by pages, disks are slow
+                os.posix_fadvise(file.fileno(), start, of_row, os.POSIX_FADV_WILLNEED)
+            shape = len(batch[0]), len(picks), crop, crop
+            crops.append(torch.empty(shape, dtype=kind, pin_memory=bool(stream)))
+            if picks == list(range(array.shape[1])):
+                picks = slice(None)  # no copy between, as a list makes one
+            for image, row, top, left in zip(crops[-1].numpy(), *batch):
+                image[:] = array[row, picks, top:top + crop, left:left + crop]
         with torch.cuda.stream(stream):  # beside the computing; torch uses pinned memory again
             crops = [tensor.to(device, non_blocking=True) for tensor in crops]
         return batch[0], crops, stream and stream.record_event()
@@ -531,24 +458,6 @@ def composite(s2, bands):
     return np.clip(picture / white, 0, 1), title
 
 
-def show(patches, out):
-    """Picture of eight pairs spread over a store: Sentinel-2 with its class, Sentinel-1."""
-    from matplotlib.figure import Figure
-    rows = patches.rows[::math.ceil(len(patches.rows) / 8)]
-    s1, s2 = (np.concatenate(array[rows], 2) for array in patches.arrays[:2])  # side by side
-    picture, title = composite(s2, patches.bands["s2"])
-    figure = Figure((2 * len(rows) + 1, 5), layout="constrained")
-    above, below = figure.subplots(2, subplot_kw={"xticks": [], "yticks": []})
-    above.imshow(picture)
-    below.imshow(s1[0], cmap="gray", vmin=-2500, vmax=0)
-    if patches.labelled:
-        names = [*patches.classes, *["no label"] * IGNORE]
-        middles = (np.arange(len(rows)) + 0.5) * patches.size[1]
-        above.set_xticks(middles, [names[label] for label in patches.labels[rows]])
-    figure.suptitle(f"{'SIMULATED ' * patches.simulated}Sentinel-2 {title}, Sentinel-1")
-    figure.savefig(out, format="png", dpi=110)
-
-
 def check(patches):
     """Print what a store holds, beside what was published, and what was left out."""
     print("published: SEN12MS 180,662 patches in four seasons; DFC2020 986 validation, 5,128 test")
@@ -579,15 +488,10 @@ def main():
     add("--max-bad", type=float, default=0.01, help="share that may be bad (default %(default)s)")
     add("--s2-offset", type=int, choices=(0, 1000), help="default: 1000 where B10 shows it")
     commands.add_parser("check").add_argument("store")
-    add = commands.add_parser("show").add_argument
-    add("store")
-    add("out", help="PNG to write")
     args = vars(parser.parse_args())
     command = args.pop("command")
     patches = pack(**args) if command == "pack" else Patches(args["store"])
-    if command == "show":
-        return show(patches, args["out"])
-    return check(patches)
+    check(patches)
 
 
 if __name__ == "__main__":

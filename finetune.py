@@ -57,10 +57,10 @@ def task_loss(task, logits, classes):
     crops that have a label. classes: (N, h, w)."""
     count = logits.shape[1]
     if task == "single":
-        label = data.single_label(classes, count)
+        label = models.single_label(classes, count)
         loss = F.cross_entropy(logits, label, ignore_index=data.IGNORE, reduction="sum")
         return loss / (label != data.IGNORE).sum().clamp(1)
-    label = data.multi_label(classes, count=count)
+    label = models.multi_label(classes, count=count)
     has = label.any(1)
     loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none").mean(1)
     return (loss * has).sum() / has.sum().clamp(1)
@@ -79,7 +79,7 @@ def train(model, scaling, patches, rows, task, seed, args, name):
         batches = data.random_crops(rows, patches.size, args.crop, args.batch_size, seed, epoch)
         feed = data.loader(patches, batches, args.crop, args.device, args.threads, classes=True)
         for s1, s2, classes, _ in feed:
-            s1, s2 = data.to_input(s1, s2, **scaling)
+            s1, s2 = models.to_input(s1, s2, **scaling)
             s1, s2 = (x.contiguous(memory_format=torch.channels_last) for x in (s1, s2))
             with models.autocast(args.precision, args.device):
                 logits = model(s1, s2)
@@ -355,14 +355,14 @@ def classify(model, scaling, images, corners, crop, args):
     images = [torch.from_numpy(image)[None].to(args.device) for image in images]
     by_window, logits = scaling["scale"] == "patch-max", []
     if not by_window:  # each pixel is scaled once, though several windows see it
-        images = data.to_input(*images, **scaling)
+        images = models.to_input(*images, **scaling)
     images = [image.contiguous(memory_format=torch.channels_last) for image in images]
     for batch in np.array_split(corners, math.ceil(len(corners) / args.batch_size)):
         crops = []
         for image in images:
             crops.append(torch.cat([image[..., y:y + crop, x:x + crop] for y, x in batch]))
         if by_window:
-            crops = data.to_input(*crops, **scaling)
+            crops = models.to_input(*crops, **scaling)
         with models.autocast(args.precision, args.device):
             logits.append(model(*crops).float())
     return torch.cat(logits)

@@ -151,24 +151,24 @@ def frozen_network(args, content, patches, seed=0):
 
 
 @torch.no_grad()
-def extract(network, scaling, patches, rows, args, plan=data.grid_crops):
-    """Run a network over crops of the patches `rows`, patch by patch: those that cover them, or of
-    another plan. -> {"x": its output, (n, D) float32, "row": (n,) the crop's patch}, and where
+def extract(network, scaling, patches, rows, args, middle=False):
+    """Run a network over crops of the patches `rows`, patch by patch: those that cover them, or the
+    middle one. -> {"x": its output, (n, D) float32, "row": (n,) the crop's patch}, and where
     there are class maps the crop's labels, "single" and "multi", (n, C) 0/1, all 0 for none.
     DataError where x is not finite."""
-    batches = plan(rows, patches.size, args.crop, args.batch_size)
+    batches = data.grid_crops(rows, patches.size, args.crop, args.batch_size, middle)
     feed = data.loader(patches, batches, args.crop, args.device, args.threads,
                        classes=patches.labels is not None)
     crops, count = defaultdict(list), len(patches.classes)
     for s1, s2, classes, row in tqdm(feed, "over all crops", len(batches), leave=False, delay=1):
-        inputs = data.to_input(s1, s2, **scaling)
+        inputs = models.to_input(s1, s2, **scaling)
         with models.autocast(args.precision, args.device):
             crops["x"].append(network(*inputs).float())
         crops["row"].append(torch.from_numpy(row))
         if classes is not None:
-            single = F.one_hot(data.single_label(classes, count), IGNORE + 1)
+            single = F.one_hot(models.single_label(classes, count), IGNORE + 1)
             crops["single"].append(single[:, :count].float())
-            crops["multi"].append(data.multi_label(classes, count=count))
+            crops["multi"].append(models.multi_label(classes, count=count))
     # The host waits for the device only here.
     crops = {name: torch.cat(values).cpu().numpy() for name, values in crops.items()}
     if not np.isfinite(crops["x"]).all():
@@ -356,7 +356,7 @@ def retrieve(args, content):
     def network(s1, s2):
         return torch.stack(model(s1, s2), 1)  # (N, 2, 128), or maps (N, 2, 256, h/8, w/8)
 
-    x = extract(network, scaling, patches, rows, args, data.centre_crops)["x"]
+    x = extract(network, scaling, patches, rows, args, middle=True)["x"]
     similarity = model.similarity(*torch.from_numpy(x).unbind(1))
     scores = models.retrieval(similarity)
     result = (f"{len(rows)} held-out candidates, top-1 {scores['top1']:.0%}, "
@@ -373,7 +373,7 @@ def draw_retrieval(args, rows, nearest, title):
     patches = data.Patches(args.data)  # all bands: the encoders may see none that are colours
     queries = np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))
     shown = np.column_stack((queries, nearest[queries]))  # (12, 6): the query, those nearest to it
-    batches = data.centre_crops(rows[shown.ravel()], patches.size, args.crop, shown.size)
+    batches = data.grid_crops(rows[shown.ravel()], patches.size, args.crop, shown.size, True)
     (s1, s2, *_), = data.loader(patches, batches, args.crop)
     pictures, colours = data.composite(s2.numpy(), patches.bands["s2"])
     figure = Figure((13.8, 7.6), layout="constrained")
@@ -404,7 +404,7 @@ def evaluation_parser(description):
     add("--seeds", type=data.positive, default=5, help="number of runs (default %(default)s)")
     add("--batch-size", type=data.positive, default=100, help="crops (default %(default)s)")
     add("--crop", type=data.positive, default=128, help="side in px (default %(default)s)")
-    add("--scale", choices=data.SCALES, default="patch-max", help="default %(default)s")
+    add("--scale", choices=models.SCALING, default="patch-max", help="default %(default)s")
     add("--bands", nargs="+", help="only these, e.g. VV VH B2 B3 B4 (default: all)")
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"))
@@ -444,7 +444,7 @@ def open_patches(args, content):
 
 
 def open_labelled(args, content):
-    """-> Patches, training rows, test rows, scaling for data.to_input. Raises DataError."""
+    """-> Patches, training rows, test rows, scaling for models.to_input. Raises DataError."""
     patches, smallest = open_patches(args, content), min(args.label_fraction)
     if not 0 < smallest <= max(args.label_fraction) <= 1:
         raise data.DataError("--label-fraction: above 0 and at most 1")

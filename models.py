@@ -1,9 +1,9 @@
-"""Encoders, projection heads, contrastive losses, classifier, checkpoints.
+"""Network input, labels, encoders, projection heads, losses, classifier, checkpoints.
 
-    from models import load_encoders, nt_xent, mma_similarity, info_nce
+    from models import load_encoders, to_input, nt_xent, mma_similarity, info_nce
     encoders, scaling = load_encoders("runs/d-simclr/last.pt")   # {"s1": module, "s2": module}
     classifier, scaling, names = load_classifier("late-fusion_single_1_seed0.pt")
-    s1, s2 = data.to_input(s1, s2, **scaling)
+    s1, s2 = to_input(s1, s2, **scaling)
     python models.py export runs/d-simclr/last.pt OUT   # plain torchvision state_dicts and a card
 
 Knows no files but checkpoints. This file can be copied alone; it needs torch and torchvision.
@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -29,7 +30,14 @@ S2_BANDS = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", 
 RGB = ["B4", "B3", "B2"]
 CLASSES = ["Forest", "Shrubland", "Grassland", "Wetland", "Cropland", "Urban", "Barren", "Water"]
 CHECKPOINT_FORMAT = 1
+IGNORE = 255  # class of a pixel that is none of the classes; label of a patch that has none
+MISSING = -32768  # in S1 as integers
 
+# From S1 in dB and S2 as reflectance x 10,000 to network input, see to_input().
+SCALING = {
+    "patch-max": "S1 clipped to -25..0, plus 25; S2 to 0..10000; each channel / (its max + 1e-5)",
+    "fixed": "S1 clipped to -25..0, plus 25, / 25; S2 clipped to 0..10000, / 10000",
+    "standard": "(value - mean) / std of the band; missing S1 becomes 0"}
 ARCHITECTURES = {"resnet18": resnet18, "resnet50": resnet50}
 # The rows of the tables in the poster's order: what each encoder sees, whether it is pretrained.
 METHODS = {
@@ -45,6 +53,59 @@ METHODS = {
 
 class CheckpointError(Exception):
     """A checkpoint cannot be used as asked. The text is one line: which, why, and the mend."""
+
+
+def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
+    """Patches to network input, on the device where they are. Tensors or arrays.
+
+    s1: (N, c1, h, w) int16 in 1/100 dB, -32768 missing, or float in dB, NaN or infinite missing.
+    s2: (N, c2, h, w) reflectance x 10,000 + s2_offset, 1,000 in products of processing baseline
+        04.00 (2022) and later, 0 in a store. bands: {"s1": names, "s2": names} to be checked.
+    scale: a key of SCALING. stats, for `standard`: {"s1": {"mean": [dB], "std": [dB]}, "s2": ...}.
+    -> two float32 tensors, finite for any input. ValueError for other bands or an unknown scale.
+    """
+    s1, s2 = torch.as_tensor(s1), torch.as_tensor(s2)
+    for sensor, x in (("s1", s1), ("s2", s2)) if bands else ():
+        if x.shape[1] != len(bands[sensor]):
+            raise ValueError(f"{sensor}: {x.shape[1]} channels, not {' '.join(bands[sensor])}")
+    missing = ~s1.isfinite() if s1.is_floating_point() else s1 == MISSING
+    s1 = (s1 if s1.is_floating_point() else s1 / 100).float().masked_fill(missing, -99)
+    s2 = (s2.float().nan_to_num(0, posinf=0, neginf=0) - s2_offset).clamp(0)
+    if scale == "standard":
+        return standardise(s1, stats["s1"]).masked_fill(missing, 0), standardise(s2, stats["s2"])
+    s1, s2 = s1.clamp(-25, 0) + 25, s2.clamp(max=10_000)
+    if scale == "fixed":
+        return s1 / 25, s2 / 10_000
+    if scale == "patch-max":
+        return tuple(x / (x.amax((2, 3), keepdim=True) + 1e-5) for x in (s1, s2))
+    raise ValueError(f"scale {scale!r}: it is one of {', '.join(SCALING)}")
+
+
+def standardise(x, stats):
+    """(N, c, h, w) float -> mean 0, variance 1 per channel; one that never varies is centred."""
+    numbers = torch.tensor([stats["mean"], stats["std"]], dtype=torch.float32)
+    mean, std = numbers.to(x.device, non_blocking=True)[..., None, None]
+    return (x - mean) / torch.where(std > 1e-6, std, 1)
+
+
+def class_counts(classes, count):
+    """(N, h, w) classes -> (N, count + 1) int64 pixels per class, the last column for 255."""
+    classes = torch.as_tensor(classes)
+    return torch.stack([(classes == c).sum((1, 2)) for c in (*range(count), IGNORE)], 1)
+
+
+def single_label(classes, count=8):
+    """(N, h, w) uint8 of `count` classes -> (N,) int64 tensor: the most frequent class (of equals
+    the first), or 255 where that is 255."""
+    label = class_counts(classes, count).argmax(1)
+    return torch.where(label == count, IGNORE, label)
+
+
+def multi_label(classes, share=0.1, count=8):
+    """(N, h, w) uint8 of `count` classes -> (N, count) float32 tensor: 1 for each class on at least
+    `share` of all pixels, the unlabelled ones counted in."""
+    needed = share * math.prod(classes.shape[1:]) - 1e-6
+    return (class_counts(classes, count)[:, :count] >= needed).float()
 
 
 def resnet(arch, bands):
@@ -328,8 +389,8 @@ def refuse_unknown(path, content):
 
 
 def load_encoders(checkpoint):
-    """-> (ModuleDict of ready encoders by sensor in eval mode, scaling: what data.to_input(s1, s2,
-    **scaling) needs). checkpoint: a path, or load_checkpoint's content. Raises CheckpointError."""
+    """-> (ModuleDict of ready encoders by sensor in eval mode, scaling for to_input(s1, s2,
+    **scaling)). checkpoint: a path, or load_checkpoint's content. Raises CheckpointError."""
     content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     encoders = make_encoders(content["method"], content["bands"], content["arch"])
     for name, encoder in encoders.items():
@@ -343,7 +404,7 @@ def load_encoders(checkpoint):
 
 
 def load_classifier(checkpoint):
-    """-> (Classifier in eval mode without gradients, scaling for data.to_input, class names) of a
+    """-> (Classifier in eval mode without gradients, scaling for to_input(), class names) of a
     file of `finetune.py --save`. checkpoint: as for load_encoders(). Raises CheckpointError."""
     content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
     if "fc" not in content:
@@ -359,11 +420,6 @@ def load_classifier(checkpoint):
     return model.eval().requires_grad_(False), scaling, content["classes"]
 
 
-# From S1 in dB and S2 as reflectance x 10,000 to network input, as data.to_input() does it.
-SCALING = {
-    "patch-max": "S1 clipped to -25..0, plus 25; S2 to 0..10000; each channel / (its max + 1e-5)",
-    "fixed": "S1 clipped to -25..0, plus 25, / 25; S2 clipped to 0..10000, / 10000",
-    "standard": "(value - mean) / std of the band; missing S1 becomes 0"}
 LICENCE = "contains modified Copernicus Sentinel data, which must be named wherever it is used"
 
 

@@ -4,7 +4,7 @@
     python pretrain.py --method mma --data STORE --out runs/mma
     torchrun --nproc-per-node 8 pretrain.py --data STORE     # --batch-size stays the global one
 
-In --out: last.pt (all that is needed to go on or to evaluate), previous.pt, log.jsonl, curve.png.
+In --out: last.pt (all that is needed to go on or to evaluate), previous.pt, log.jsonl.
 The same command started again goes on at the step where it was, on the CPU to the same bits as if
 never stopped; SIGTERM and Ctrl-C save first. Every --eval-every epochs the encoders look up
 held-out places: which Sentinel-2 patch belongs to this Sentinel-1 patch, and the other way.
@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torchvision.transforms.functional import rgb_to_grayscale
 from tqdm import tqdm
 
@@ -50,7 +49,7 @@ def arguments():
     add("--weight-decay", type=float, default=1e-4)
     add("--constant-epochs", type=int, default=10, help="before the cosine to zero (default 10)")
     add("--temperature", type=float, help="default 0.07, 0.1 for mma")
-    add("--scale", default="patch-max", choices=data.SCALES, help="default patch-max, as published")
+    add("--scale", default="patch-max", choices=models.SCALING, help="default patch-max")
     # What the published study does not have.
     add("--recipe", default="poster", choices=("poster", "ours"), help="ours: fewer negatives")
     add("--bands", nargs="+", metavar="BAND", help="default all; B4 B3 B2 for simclr-rgb")
@@ -126,13 +125,13 @@ def network_inputs(s1, s2, args, stats, step, rank):
     """Crops of a step -> the two inputs of models.Contrastive: sensors, or SimCLR's views."""
     if args.method == "simclr-rgb":
         scale = "patch-max" if args.scale == "patch-max" else "fixed"  # colours in 0..1
-        _, colours = data.to_input(s1, s2, scale)
+        _, colours = models.to_input(s1, s2, scale)
         numbers, orders = draw_views(args.batch_size, args.seed, step)  # of all processes
         inputs = two_views(colours, numbers[:, rank * len(s2):][:, :len(s2)], orders)
         if args.scale == "standard":
-            inputs = [data.standardise(view * 10_000, stats["s2"]) for view in inputs]
+            inputs = [models.standardise(view * 10_000, stats["s2"]) for view in inputs]
     else:
-        inputs = data.to_input(s1, s2, args.scale, stats)
+        inputs = models.to_input(s1, s2, args.scale, stats)
     return [x.contiguous(memory_format=torch.channels_last) for x in inputs]
 
 
@@ -237,7 +236,7 @@ def held_out_retrieval(model, patches, crops, args, stats, device, cast):
     forth, back, embeddings = "s1_to_s2", "s2_to_s1", []
     model.eval()
     for s1, s2, *_ in data.loader(patches, crops, args.crop, device, args.threads):
-        inputs = data.to_input(s1, s2, args.scale, stats)
+        inputs = models.to_input(s1, s2, args.scale, stats)
         if args.method == "simclr-rgb":  # one sensor: which is the right half to this left one?
             forth, back = "left_to_right", "right_to_left"
             inputs = inputs[1].split(args.crop // 2, dim=3)[:2]
@@ -250,36 +249,13 @@ def held_out_retrieval(model, patches, crops, args, stats, device, cast):
     return {"candidates": len(similarity), forth: one, back: other}
 
 
-class Log:
-    """log.jsonl: a JSON line per logged step and per retrieval, up to the step to go on from."""
-
-    def __init__(self, path, step):
-        path.touch()
-        lines = path.read_text().splitlines(True) if step else []
-        lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        self.path, self.entries = path, [json.loads(line) for line in lines]
-        os.truncate(path, len("".join(lines)))  # what follows is of a run that was killed
-
-    def add(self, **entry):
-        self.entries.append(entry)
-        with open(self.path, "a") as file:
-            print(json.dumps(entry), file=file)
-
-
-def draw_curve(log, title):
-    """Picture of the loss and of held-out retrieval over epochs, beside the log."""
-    figure = Figure((9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    losses = [(entry["epoch"], entry["loss"]) for entry in log.entries if "loss" in entry]
-    left.plot(*zip(*losses))
-    left.set(xlabel="epoch", ylabel="loss", title=title)
-    lookups = [entry for entry in log.entries if "retrieval" in entry]
-    for way in list(lookups[0]["retrieval"])[1:] if lookups else ():
-        top1 = [(entry["epoch"], entry["retrieval"][way]["top1"]) for entry in lookups]
-        right.plot(*zip(*top1), "o-", label=way)
-        right.legend()
-    right.set(xlabel="epoch", ylabel="held-out retrieval, top-1", ylim=(0, 1))
-    figure.savefig(log.path.with_name("curve.png"))
+def open_log(path, step):
+    """-> log.jsonl to add to: a JSON line per logged step and per retrieval, up to `step`."""
+    lines = path.read_text().splitlines(True) if step and path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    log = open(path, "a", buffering=1)  # noqa: SIM115 (line by line, to the end of the run)
+    log.truncate(len("".join(kept)))  # what follows is of a run that was killed
+    return log
 
 
 def make_model(args, bands, device, world):
@@ -334,7 +310,7 @@ def train(args):
     if not epoch_steps:
         raise data.DataError(f"--batch-size {args.batch_size}: only {len(rows)} pairs to train on")
     held = [] if rank else held[::len(held) // 1000 + 1]  # by the first process, up to 1,000
-    held_crops = data.centre_crops(held, patches.size, args.crop, 100)
+    held_crops = data.grid_crops(held, patches.size, args.crop, 100, middle=True)
     total, stats = args.epochs * epoch_steps, patches.stats(rows)
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings |= {"precision": models.resolve_precision(args.precision, device),
@@ -347,11 +323,12 @@ def train(args):
     start, retrieval = resume(args, settings, model, optimizer)
     if (gather(torch.tensor([start]), world) != start).any():
         raise models.CheckpointError(f"{args.out}: not that of the other processes: share one")
-    log = Log(args.out / "log.jsonl", start) if rank == 0 else None
+    log = open_log(args.out / "log.jsonl", start) if rank == 0 else None
 
     def look_up(step):
         found = held_out_retrieval(model, patches, held_crops, args, stats, device, cast)
-        log.add(epoch=step // epoch_steps, step=step, retrieval=found)
+        entry = {"epoch": step // epoch_steps, "step": step, "retrieval": found}
+        print(json.dumps(entry), file=log)
         return found
 
     signals = [0]  # they end the run after the step in hand
@@ -389,8 +366,9 @@ def train(args):
             pairs_per_s = len(waits) * args.batch_size / (time.perf_counter() - clock)
             waited = [other - one if device.type == "cpu" else one.elapsed_time(other) / 1000
                       for one, other in waits]
-            log.add(epoch=step / epoch_steps, step=step, loss=loss, accuracy=accuracy, lr=rate,
-                    pairs_per_s=pairs_per_s, waited_s=sum(waited))
+            entry = {"epoch": step / epoch_steps, "step": step, "loss": loss, "lr": rate,
+                     "accuracy": accuracy, "pairs_per_s": pairs_per_s, "waited_s": sum(waited)}
+            print(json.dumps(entry), file=log)
             bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy:.1%}")
         if held_crops and not within and (epoch % args.eval_every == 0 or step == total):
             retrieval = look_up(step)
@@ -407,8 +385,7 @@ def train(args):
             waits, clock = [], time.perf_counter()
     bar.close()
     if rank == 0:
-        draw_curve(log, "SIMULATED data, " * patches.simulated + args.method)
-        print(f"{args.out}/last.pt: {step} of {total} steps are done, see curve.png beside it")
+        print(f"{args.out}/last.pt: {step} of {total} steps are done, see log.jsonl beside it")
     if world > 1:
         dist.destroy_process_group()
     if stop:

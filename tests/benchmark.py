@@ -118,30 +118,19 @@ def window_crops(pairs, batch, side):
                 tif.read(window=window)
 
 
-def bare_loop(arrays, batch, crops):
-    """Nothing but the copies of slices."""
-    side = crops[0].shape[-1]
-    for array, tensor in zip(arrays, crops):
-        filled = tensor.numpy()
-        for k, (row, top, left) in enumerate(zip(*batch)):
-            filled[k] = array[row, :, top:top + side, left:left + side]
+def bare_loop(patches, batches, side, threads, again=False):
+    """Nothing but the copies of slices, into new memory as the loader's; again: into the same one."""
+    own = threading.local()
 
+    def copy(batch):
+        if not (again and hasattr(own, "crops")):
+            kinds = zip(patches.arrays, (torch.int16, torch.uint16))
+            own.crops = [torch.empty(len(batch[0]), array.shape[1], side, side, dtype=dtype) for array, dtype in kinds]
+        for array, tensor in zip(patches.arrays, own.crops):
+            for crop, row, top, left in zip(tensor.numpy(), *batch):
+                crop[:] = array[row, :, top:top + side, left:left + side]
 
-def empty_crops(batch, side):
-    kinds = (2, torch.int16), (13, torch.uint16)
-    return [torch.empty(batch, bands, side, side, dtype=dtype) for bands, dtype in kinds]
-
-
-def in_two_threads(function, batches, side):
-    """Call function(batch, crops) for all batches in two threads, each with memory of its own."""
-    own = threading.local()  # so that no call waits for new memory
-
-    def call(batch):
-        if not hasattr(own, "crops"):
-            own.crops = empty_crops(len(batch[0]), side)
-        function(batch, own.crops)
-
-    for _ in data.ahead(call, batches, threads=2):
+    for _ in data.ahead(copy, batches, threads):
         pass
 
 
@@ -179,18 +168,15 @@ def data_path():
             "pack": lambda k: data.pack(tree, folder / f"store {k}", 2)}, len(pairs), 3)
         patches = data.Patches(folder / "store 0")
         order = [data.random_crops(patches.rows, patches.size, side, batch, 0, k)[0] for k in range(25)]
-        crops = empty_crops(batch, side)
-        one = best_rates({"bare": lambda k: bare_loop(patches.arrays, order[k], crops),
-                          "store": lambda k: patches.cut(*order[k], crops)}, batch)
+        rates = {}
+        for n in (1, 2):
+            rates[n] = best_rates({
+                "new": lambda k, n=n: bare_loop(patches, order, side, n),
+                "same": lambda k, n=n: bare_loop(patches, order, side, n, again=True),
+                "store": lambda k, n=n: [len(rows) for *_, rows in data.loader(patches, order, side, threads=n)]},
+                batch * len(order), 5)
         slow = data.random_crops(patches.rows[:20], patches.size, side, 20, 0, 0)[0]
-        one |= best_rates({"tree": lambda k: window_crops(pairs, slow, side)}, 20, 5)
-        two = best_rates({
-            "bare": lambda k: in_two_threads(
-                lambda batch, crops: bare_loop(patches.arrays, batch, crops), order, side),
-            "store": lambda k: in_two_threads(
-                lambda batch, crops: patches.cut(*batch, crops), order, side),
-            "fresh": lambda k: [len(rows) for *_, rows in data.loader(patches, order, side, threads=2)]},
-            batch * len(order), 5)
+        rates["tree"] = best_rates({"tree": lambda k: window_crops(pairs, slow, side)}, 20, 5)["tree"]
         few, many = [peak_memory(copies(folder / "small", folder / f"{count}", count), folder / f"of {count}")
                      for count in (200, 2000)]
         opening = first_batch(sparse_store(folder / "sparse"))
@@ -204,10 +190,11 @@ def data_path():
         return what, f"{rate:,.3g}{unit}", against, f"{reference:,.3g}{unit}", f"{rate / reference:.2f}", target
 
     table("Data path, crops of 128 px from patches of 256 px", ("", "", "against", "", "ratio", "target"), [
-        row("crops from a store, one thread", one["store"], "from GeoTIFFs", one["tree"], "40"),
-        row("the same", one["store"], "bare loop of slice copies, same memory", one["bare"], "0.8"),
-        row("two threads", two["store"], "two threads of bare loops", two["bare"], "0.85"),
-        row("loader, two threads, memory of their own (CPU)", two["fresh"], "the same", two["bare"], ""),
+        row("crops from a store, one thread", rates[1]["store"], "from GeoTIFFs", rates["tree"], "40"),
+        row("the same", rates[1]["store"], "bare loop of slice copies into new memory", rates[1]["new"], "0.8"),
+        row("the same", rates[1]["store"], "into the same memory again and again", rates[1]["same"], ""),
+        row("two threads", rates[2]["store"], "two bare loops into new memory", rates[2]["new"], "0.85"),
+        row("the same", rates[2]["store"], "into the same memory again and again", rates[2]["same"], ""),
         row("packing, two threads", whole["pack"], "reading and judging alone", whole["read"], "0.8"),
         row("memory of packing 2,000 patches", many, "200 patches", few, "within 50 MB", " MB"),
         ("180,662 patches: open, first batch of 200", f"{opening:.2f} s", "", "", "", "1 s"),

@@ -84,7 +84,7 @@ def training_input(batch, radar, optical, args, stats, rng):
     moved = [np.clip(place + rng.integers(-args.shift, args.shift + 1, len(rows)), 0, last)
              for place in corner]
     dates = (rng.random(len(rows)) < args.later).astype(int)
-    s1, s2 = data.to_input(cut(radar[dates, rows], *corner, args.crop),
+    s1, s2 = models.to_input(cut(radar[dates, rows], *corner, args.crop),
                            cut(optical[rows], *moved, args.crop), "standard", stats)
     s1 += args.noise * torch.from_numpy(rng.standard_normal(s1.shape, np.float32))
     for image in s2:
@@ -104,7 +104,7 @@ def judge(model, patches, rows, crop, stats):
             where = [np.full(len(part), offset) for offset in place]
             images = [cut(array[part], *where, crop) for array in patches.arrays[:2]]
             with models.autocast("auto", DEVICE):
-                embeddings.append(model(*data.to_input(*images, "standard", stats)))
+                embeddings.append(model(*models.to_input(*images, "standard", stats)))
         a, b = map(torch.cat, zip(*embeddings))
         similarity = F.normalize(a) @ F.normalize(b).T
         found += [models.retrieval(similarity), models.retrieval(similarity.T)]

@@ -477,7 +477,7 @@ def test_embeddings_do_not_depend_on_batches_and_threads(tmp_path, labelled, che
     encoders, scaling = models.load_encoders(checkpoint)
     s1, s2 = crops_of(patches, 5, (0, 0, 8, 8), (0, 8, 0, 8))  # of 32 px, that cover 40
     with torch.no_grad():
-        expected = models.encode(encoders, *data.to_input(s1, s2, **scaling))
+        expected = models.encode(encoders, *models.to_input(s1, s2, **scaling))
     for sensor in ("s1", "s2"):
         np.testing.assert_allclose(one[sensor][5], expected[sensor].mean(0), rtol=0, atol=1e-5)
 
@@ -496,13 +496,13 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, 
     found = embeddings(monkeypatch, tmp_path / "released.pth", labelled, tmp_path / "out.npz",
                        "--crop", 32)
     patches = data.Patches(labelled)
-    s1, s2 = data.to_input(*crops_of(patches, 9, (0, 0, 8, 8), (0, 8, 0, 8)), "patch-max")
+    s1, s2 = models.to_input(*crops_of(patches, 9, (0, 0, 8, 8), (0, 8, 0, 8)), "patch-max")
     with torch.no_grad():
         for sensor, net, x in (("s1", nets["1"], s1), ("s2", nets["2"], s2)):
             np.testing.assert_allclose(found[sensor][9], net.eval()(x).mean(0), rtol=0, atol=1e-5)
         # --retrieve: centre crops through the heads
         centres = [crops_of(patches, row, (4,), (4,)) for row in patches.rows_of("test")]
-        a, b = data.to_input(*map(torch.cat, zip(*centres)), "patch-max")
+        a, b = models.to_input(*map(torch.cat, zip(*centres)), "patch-max")
         a, b = (F.normalize(heads[k](nets[k](v))) for k, v in (("1", a), ("2", b)))
     capsys.readouterr()
     call(monkeypatch, linear_eval, "--checkpoint", tmp_path / "released.pth", "--data", labelled,

@@ -77,7 +77,7 @@ def classifier(method, task, bands, classes, crop, scale):
     images = [torch.from_numpy(image.astype(np.float32)) for image in make_scene(bands=bands, seed=9)]
     with torch.no_grad():
         crops = [torch.stack([image[:, k:k + crop, k:k + crop] for k in range(0, 150 - crop, 4)]) for image in images]
-        logits = model(*data.to_input(*crops, scale, stats))
+        logits = model(*models.to_input(*crops, scale, stats))
         model.fc.weight.div_(logits.std(0)[:, None])
         model.fc.bias.sub_(logits.mean(0)).div_(logits.std(0))
     models.save_checkpoint(folder() / name, model, method=method, arch="resnet18", bands=bands, scale=scale,
@@ -100,7 +100,7 @@ def expected(tmp, s1, s2, top, left, offset=0):
     model, scaling, _ = models.load_classifier(tmp / "c.pt")
     crop = models.load_checkpoint(tmp / "c.pt")["crop"]
     a, b = (image[None, :, top:top + crop, left:left + crop] for image in (s1, s2))
-    return model(*data.to_input(a, b.astype(np.float32), **scaling, s2_offset=offset))[0]
+    return model(*models.to_input(a, b.astype(np.float32), **scaling, s2_offset=offset))[0]
 
 
 def whole(text):
@@ -389,7 +389,7 @@ def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, mo
         assert content["crop"] == 32 and content["simulated"] and content["scores"]["average"] == pytest.approx(line["average"], abs=1e-5)
         crops = data.grid_crops(rows, patches.size, 32, 16)
         s1, s2, *_ = next(iter(data.loader(patches, crops, 32)))
-        got = model(*data.to_input(s1, s2, **scaling))
+        got = model(*models.to_input(s1, s2, **scaling))
         np.testing.assert_allclose(got.numpy(), before["x"][:16], rtol=1e-3, atol=1e-4)
     bytes_before = files[0].read_bytes()
     with monkeypatch.context() as patch:

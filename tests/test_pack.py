@@ -19,6 +19,7 @@ import torch
 from test_data import BAD, LAYOUTS, as_stored, by_hand, rewrite, same, spoil, write_tree
 
 import data
+import models
 
 
 def contents(store):
@@ -151,7 +152,7 @@ def test_records_are_of_the_arrays(tree, packed):
     assert (records["state"] == 1).all() and not records["offset"].any()
     for number, column in zip([*range(8), 255], records["pixels"].T, strict=True):
         assert (column == (classes == number).sum((1, 2, 3))).all()
-    assert patches.labels[rows].tolist() == data.single_label(classes[:, 0]).tolist()
+    assert patches.labels[rows].tolist() == models.single_label(classes[:, 0]).tolist()
 
 
 def test_stats_are_of_the_rows_asked_for_alone(tree, packed):
@@ -182,7 +183,7 @@ def test_statistics_of_bands_that_hardly_vary(tmp_path):
         assert np.allclose(stats[sensor]["mean"], values.mean((0, 2, 3)), rtol=1e-9)
         assert np.allclose(stats[sensor]["std"], values.std((0, 2, 3)), rtol=1e-6, atol=1e-12)
     assert stats["s2"]["std"][3] == stats["s2"]["std"][10] == 0
-    a, b = data.to_input(*(array[:4] for array in patches.arrays), "standard", stats)
+    a, b = models.to_input(*(array[:4] for array in patches.arrays), "standard", stats)
     assert a[:, 1].abs().max() < 1e-5 and b[:, 3].abs().max() == 0  # bands that never vary
 
 
@@ -332,7 +333,7 @@ def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp
     store, whole, on_disk, steps = tmp_path / "store", {}, {}, []
     for name in ("s1", "s2", "classes", "patches"):
         whole |= arrays_of(few.store / f"{name}.npy")
-    fsync, replace, read_patch = os.fsync, Path.replace, data.read_patch
+    flush, fsync, replace, read_patch = np.memmap.flush, os.fsync, os.replace, data.read_patch
 
     def check():
         if not (store / "patches.npy").exists():
@@ -342,21 +343,25 @@ def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp
         for name in whole.keys() - {"state"} if len(done) else ():
             assert np.array_equal(on_disk[name][done], whole[name][done])
 
-    def flushed(file):
-        path = Path(os.readlink(f"/proc/self/fd/{file}"))
-        on_disk.update(arrays_of(path) if path.suffix == ".npy" else {path.name: 0})
-        fsync(file)
+    def flushed(array):
+        flush(array)
+        on_disk.update(arrays_of(Path(array.filename)))
         check()
 
+    def synced(file):
+        on_disk[os.readlink(f"/proc/self/fd/{file}")] = 0
+        fsync(file)
+
     def renamed(source, target):
-        assert source.name in on_disk and target.name == "index.json"
+        assert source in on_disk and target.name == "index.json"
         assert all(np.array_equal(on_disk[name], whole[name]) for name in whole)
         steps.append("renamed")
         return replace(source, target)
 
     monkeypatch.setattr(data, "SETTLE", 3)
-    monkeypatch.setattr(os, "fsync", flushed)
-    monkeypatch.setattr(Path, "replace", renamed)
+    monkeypatch.setattr(np.memmap, "flush", flushed)
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
     monkeypatch.setattr(data, "read_patch", lambda *args: (check(), read_patch(*args))[1])
     data.pack(few.tree, store, 1, max_bad=0.5)
     assert contents(store) == few.packed and len(set(steps)) > 3 and steps[-1] == "renamed"
@@ -428,7 +433,7 @@ def test_full_disk_is_said_before_the_work(tree, packed, disk, capfd):
     remount("ro")
     assert contents(folder / "store") == packed
     patches = data.pack(tree, folder / "store", max_bad=0.5)  # nothing to do
-    batches = data.centre_crops(patches.rows[:5], patches.size, 16, 5)
+    batches = data.grid_crops(patches.rows[:5], patches.size, 16, 5, middle=True)
     same(list(data.loader(patches, batches, 16)), list(by_hand(patches, batches, 16)))
     with pytest.raises(OSError, match="Read-only file system"):
         data.pack(tree, folder / "other", max_bad=0.5)
@@ -474,7 +479,7 @@ def test_read_only_tree_and_store():
             data.pack(folder / "tree", folder / "out/store")
             assert contents(folder / "out/store") == contents(folder / "store")
             patches = data.Patches(folder / "store")
-            batches = data.centre_crops(patches.rows, patches.size, 16, 5)
+            batches = data.grid_crops(patches.rows, patches.size, 16, 5, middle=True)
             same(list(data.loader(patches, batches, 16)), list(by_hand(patches, batches, 16)))
             with pytest.raises(OSError, match="Permission denied"):
                 data.pack(folder / "tree", folder / "tree/store")

@@ -159,7 +159,7 @@ def test_every_method_runs_and_logs(method, scale):
     assert {"pairs_per_s", "waited_s"} < json.loads((out / "log.jsonl").read_text().splitlines()[1]).keys()
     for line in held:
         assert line["retrieval"]["candidates"] == 16 and len(line["retrieval"]) == 3
-    assert held[-1]["retrieval"] == content["retrieval"] and (out / "curve.png").stat().st_size > 10_000
+    assert held[-1]["retrieval"] == content["retrieval"]
     encoders, scaling = models.load_encoders(out / "last.pt")
     assert list(encoders) == list(models.METHODS[method]["inputs"]) and scaling["scale"] == scale
 
@@ -371,11 +371,9 @@ def test_the_same_command_gives_the_same_bits(reference):
 
 def test_a_finished_run_is_left_as_it_is(store, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "done")
-    (tmp_path / "done/curve.png").unlink()
     assert f"{STEPS} of {STEPS} steps are done" in run([*MMA, "--data", store], tmp_path / "done")
     for name in ("last.pt", "previous.pt", "log.jsonl"):
         assert (tmp_path / "done" / name).read_bytes() == (reference / name).read_bytes()
-    assert (tmp_path / "done/curve.png").exists()
 
 
 def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(store, reference, tmp_path):

@@ -23,9 +23,10 @@ def as_a_user():
             ("data.py", "pack", out / "dfc2020", out / "labelled"),
             ("data.py", "pack", out / "sen12ms", out / "store", "--threads", 1),
             ("data.py", "check", out / "labelled"),
-            ("data.py", "show", out / "labelled", out / "pairs.png"),
+            ("tests/show.py", out / "labelled", out / "pairs.png"),
             ("pretrain.py", "--method", "mma", "--data", out / "store", "--out", out / "run",
              "--epochs", 1, "--batch-size", 8, "--crop", 16, "--holdout", 0.25),
+            ("tests/show.py", out / "run", out / "curve.png"),
             ("linear_eval.py", *encoders, *labelled, *small, "--task", "single", "multi"),
             ("finetune.py", "--method", "only-s2", *labelled, *small, "--epochs", 1),
             ("finetune.py", "--report", out / "results"),
@@ -44,7 +45,7 @@ def begin():
 
 def test_the_scripts_one_after_another():
     out = begin().result()
-    for name in ("store/index.json", "pairs.png", "run/curve.png", "retrieval.png",
+    for name in ("store/index.json", "pairs.png", "curve.png", "retrieval.png",
                  "exported/s1.pt", "exported/card.json"):
         assert (out / name).exists(), name
     text = (out / "results/tables.md").read_text()
@@ -90,5 +91,5 @@ def test_snippet_goes_from_two_geotiffs_to_a_class(tmp_path, monkeypatch, capsys
     write_classifier(tmp_path / "DIR/late-fusion_single_1_seed0.pt", crop=64, scale="standard")
     exec(snippet, {"models": models, "data": data, "torch": torch, "rasterio": rasterio})  # noqa: S102
     model, scaling, names = models.load_classifier(tmp_path / "DIR/late-fusion_single_1_seed0.pt")
-    label = model(*data.to_input(s1[None], s2[None].astype(np.float32), **scaling)).argmax()
+    label = model(*models.to_input(s1[None], s2[None].astype(np.float32), **scaling)).argmax()
     assert capsys.readouterr().out.strip() == names[label]

@@ -1,6 +1,7 @@
 """What any reader can run to trust the scores: chance, certainty, and that pretraining helps (on
 simulated data)."""
 import functools
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from conftest import BACKGROUND, folder, user
 import data
 import linear_eval
 import models
-import pretrain
 
 
 def crops_of(patches, content=None, scaling=None, baseline=None, seed=0):
@@ -94,7 +94,7 @@ def test_pretraining_beats_random_weights(tmp_path):
     for seed, pretrained in enumerate(begin()):
         out = pretrained.result()
         content = models.load_checkpoint(out / "last.pt")
-        entries = pretrain.Log(out / "log.jsonl", 10**9).entries
+        entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
         retrieval = [entry["retrieval"]["s1_to_s2"]["top5"] for entry in entries
                      if "retrieval" in entry]
         found["retrieval"].append((retrieval[0], retrieval[-1]))
