@@ -490,8 +490,7 @@ def main():
     commands.add_parser("check").add_argument("store")
     args = vars(parser.parse_args())
     command = args.pop("command")
-    patches = pack(**args) if command == "pack" else Patches(args["store"])
-    check(patches)
+    check(pack(**args) if command == "pack" else Patches(args["store"]))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python finetune.py --report results      # tables.md and label_fraction.png, beside the poster's
     python finetune.py --method late-fusion --data STORE --save DIR       # keep what was trained
     python finetune.py --map OUT.tif --classifier DIR/late-fusion_single_1_seed0.pt \
-        --s1 S1.tif --s2 S2.tif              # classes of a whole scene; and OUT.png
+        --s1 S1.tif --s2 S2.tif              # classes of a whole scene
 
 Every layer is trained, on random crops of the split `validation`, its patches repeated to balance
 the classes; the last epoch is tested on crops that cover each patch of the split `test`. A finished
@@ -20,8 +20,6 @@ import numpy as np
 import rasterio
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from rasterio.windows import Window
 from tqdm import tqdm
@@ -49,7 +47,7 @@ CURVES = {"mma": ("o", "#c0392b", (47.5, 59.7, 64.2, 69.0)),
           "early-fusion": ("^", "#1b7837", (34.6, 52.2, 55.1, 62.0)),
           "late-fusion": ("v", "#e08214", (39.8, 50.0, 61.7, 62.0))}
 STRIP = 256  # px of a map that are made at a time
-COLOURS = ["#1b7837", "#a6a04c", "#a6d96a", "#5aae9e", "#f2c14e", "#c0392b", "#b9a596", "#2b6cb0"]
+COLOURS = ["1b7837", "a6a04c", "a6d96a", "5aae9e", "f2c14e", "c0392b", "b9a596", "2b6cb0"]
 
 
 def task_loss(task, logits, classes):
@@ -80,7 +78,6 @@ def train(model, scaling, patches, rows, task, seed, args, name):
         feed = data.loader(patches, batches, args.crop, args.device, args.threads, classes=True)
         for s1, s2, classes, _ in feed:
             s1, s2 = models.to_input(s1, s2, **scaling)
-            s1, s2 = (x.contiguous(memory_format=torch.channels_last) for x in (s1, s2))
             with models.autocast(args.precision, args.device):
                 logits = model(s1, s2)
             loss = task_loss(task, logits.float(), classes)
@@ -356,7 +353,6 @@ def classify(model, scaling, images, corners, crop, args):
     by_window, logits = scaling["scale"] == "patch-max", []
     if not by_window:  # each pixel is scaled once, though several windows see it
         images = models.to_input(*images, **scaling)
-    images = [image.contiguous(memory_format=torch.channels_last) for image in images]
     for batch in np.array_split(corners, math.ceil(len(corners) / args.batch_size)):
         crops = []
         for image in images:
@@ -398,7 +394,7 @@ def map_strips(args, content, model, scaling, scene, step):
 
 
 def write_map(args):
-    """--map: classes of a whole scene, georeferenced, and a picture beside it; all or nothing."""
+    """--map: classes of a whole scene, georeferenced; all or nothing."""
     content = models.load_checkpoint(args.classifier)
     model, scaling, _ = models.load_classifier(content)
     names, crop, multi = content["classes"], content["crop"], content["task"] == "multi"
@@ -411,8 +407,7 @@ def write_map(args):
     part = args.map.with_suffix(".part.tif")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        offset = offset_of(scene) if args.s2_offset is None else args.s2_offset
-        scaling["s2_offset"] = offset
+        scaling["s2_offset"] = offset_of(scene) if args.s2_offset is None else args.s2_offset
         with rasterio.open(
                 part, "w", driver="GTiff", dtype="uint8", nodata=255, compress="deflate",
                 height=raster.height, width=raster.width, count=len(names) if multi else 1,
@@ -422,49 +417,19 @@ def write_map(args):
             if multi:
                 tif.descriptions = [f"{name}, %" for name in names]
             else:
-                colours = class_colours(names)(range(len(names)), bytes=True)
-                tif.write_colormap(1, dict(enumerate(map(tuple, colours.tolist()))))
+                colours = [(*bytes.fromhex(colour), 255) for colour in COLOURS]
+                tif.write_colormap(1, dict(zip(range(len(names)), itertools.cycle(colours))))
             for top, values in map_strips(args, content, model, scaling, scene, step):
                 tif.write(values, window=Window(0, top, raster.width, values.shape[1]))
-        draw_map(args.map.with_suffix(".png"), part, scene, offset, content)
+        with rasterio.open(part) as tif:  # read again, since writing does not tell of a full disk
+            list(map(tif.checksum, tif.indexes))
         part.replace(args.map)
     except rasterio.errors.RasterioError as error:  # a full disk, a scene that is cut off
         raise data.DataError(f"{args.map}: {error.__cause__ or error}: free space, or mend "
                              f"{args.s1}, {args.s2}") from None
     finally:
         part.unlink(missing_ok=True)
-    print(f"wrote {args.map} and {args.map.with_suffix('.png')}")
-
-
-def class_colours(names):
-    """-> matplotlib colormap with a colour for each of these classes."""
-    colours = ListedColormap(COLOURS) if names == data.CLASSES else colormaps["turbo"]
-    return colours.resampled(len(names))
-
-
-def draw_map(out, path, scene, offset, content):
-    """Picture of a scene, its map and the legend; of several labels the most probable one."""
-    names = content["classes"]
-    raster, bands = scene.get("s2") or scene["s1"]
-    shrink = max(1, *(side / 1500 for side in raster.shape))
-    shape = [math.ceil(side / shrink) for side in raster.shape]
-    image = np.nan_to_num(raster.read(out_shape=(raster.count, *shape)))
-    picture, title = image[0], f"{bands[0]} of Sentinel-1"
-    if "s2" in scene:
-        picture, colours = data.composite(image - float(offset), bands)
-        title = f"Sentinel-2, {colours}"
-    with rasterio.open(path) as tif:
-        values = tif.read(out_shape=(tif.count, *shape))
-    classes = np.where(values[0] == 255, 255, values.argmax(0)) if len(values) > 1 else values[0]
-    figure = Figure((11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, subplot_kw={"xticks": [], "yticks": []})
-    left.imshow(picture, "gray", vmin=-25, vmax=0)  # dB; colours stay as they are
-    left.set_title(title)
-    drawn = right.imshow(np.ma.masked_equal(classes, 255), class_colours(names), vmin=-0.5,
-                         vmax=len(names) - 0.5, interpolation="nearest")
-    figure.colorbar(drawn, ticks=range(len(names))).set_ticklabels(names)
-    right.set_title("SIMULATED data " * content["simulated"] + TITLES[content["method"]])
-    figure.savefig(out, dpi=110)
+    print(f"wrote {args.map}; tests/show.py draws it")
 
 
 def main():

@@ -19,6 +19,7 @@ import itertools
 import json
 import math
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,12 +143,7 @@ def frozen_network(args, content, patches, seed=0):
             for name, encoder in encoders.items() if args.sensors in ("both", name)}
     if not used:
         raise data.DataError(f"--sensors {args.sensors}: {args.method} has no such encoder")
-
-    def network(s1, s2):
-        outputs = models.encode(used, s1, s2).values()
-        return torch.cat([models.pooled(output) for output in outputs], 1)
-
-    return network
+    return partial(models.features, used)
 
 
 @torch.no_grad()
@@ -323,33 +319,26 @@ def embed(args, content):
 def contrastive_model(content):
     """-> Contrastive of a checkpoint, its scaling."""
     heads = content["heads"]  # some released weights lack them: then features are compared
-    width = len(heads["s1"]["2.weight"]) if heads else 128
+    width = len(heads["s1"]["2.weight"]) if heads else 0
     model = models.Contrastive(content["method"], content["bands"], content["arch"], width)
     model.encoders, scaling = models.load_encoders(content)
-    for name, head in model.heads.items():
-        model.heads[name] = head if heads else torch.nn.Identity()
     for name, weights in heads.items():
         model.heads[name].load_state_dict(weights)
     return model.eval(), scaling
 
 
-def unseen_rows(args, content, patches):
-    """1,000 rows that pretraining did not see: split `test` or, of its data, held-out scenes."""
-    rows, pretraining = patches.rows_of("test"), content["args"]
-    if not len(rows) and pretraining.get("data") == patches.identity:
-        _, rows = data.split_scenes(patches, pretraining["holdout"])
+def retrieve(args, content):
+    """--retrieve: who finds whom, by the centre crops of at most 1,000 patches that pretraining did
+    not see: of the split `test` or, in its data, of the held-out scenes."""
+    if models.METHODS[args.method]["inputs"] != ("s1", "s2"):
+        raise data.DataError(f"{args.checkpoint}: --retrieve: {args.method} lacks a sensor")
+    patches, pretraining = open_patches(args, content), content["args"]
+    share = pretraining["holdout"] if pretraining.get("data") == patches.identity else 0
+    _, rows = data.split_scenes(patches, share)
     if not len(rows):
         raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: "
                              "a split `test`, or its very data and --holdout above 0 there")
-    return rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
-
-
-def retrieve(args, content):
-    """--retrieve: who finds whom, by the centre crops of patches that pretraining did not see."""
-    if models.METHODS[args.method]["inputs"] != ("s1", "s2"):
-        raise data.DataError(f"{args.checkpoint}: --retrieve: {args.method} lacks a sensor")
-    patches = open_patches(args, content)
-    rows = unseen_rows(args, content, patches)
+    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
     model, scaling = contrastive_model(content)
     model.to(args.device)
 
@@ -359,11 +348,11 @@ def retrieve(args, content):
     x = extract(network, scaling, patches, rows, args, middle=True)["x"]
     similarity = model.similarity(*torch.from_numpy(x).unbind(1))
     scores = models.retrieval(similarity)
-    result = (f"{len(rows)} held-out candidates, top-1 {scores['top1']:.0%}, "
-              f"top-5 {scores['top5']:.0%}, median rank {scores['median']:g}")
-    simulated = "SIMULATED data, " if patches.simulated else ""
+    result = (f"{'SIMULATED data, ' * patches.simulated}{TITLES[args.method]}: {len(rows)} held-out "
+              f"candidates, top-1 {scores['top1']:.0%}, top-5 {scores['top5']:.0%}, median rank "
+              f"{scores['median']:g}")
     nearest = similarity.topk(min(5, len(rows)), 1).indices.numpy()
-    draw_retrieval(args, rows, nearest, f"{simulated}{TITLES[args.method]}: {result}")
+    draw_retrieval(args, rows, nearest, result)
     print(f"wrote {args.retrieve}: {result}")
 
 
@@ -445,8 +434,8 @@ def open_patches(args, content):
 
 def open_labelled(args, content):
     """-> Patches, training rows, test rows, scaling for models.to_input. Raises DataError."""
-    patches, smallest = open_patches(args, content), min(args.label_fraction)
-    if not 0 < smallest <= max(args.label_fraction) <= 1:
+    patches = open_patches(args, content)
+    if not 0 < min(args.label_fraction) <= max(args.label_fraction) <= 1:
         raise data.DataError("--label-fraction: above 0 and at most 1")
     if patches.labels is None:
         raise data.DataError(f"{args.data}: no class maps: pack a tree that has them")
@@ -455,9 +444,6 @@ def open_labelled(args, content):
         raise data.DataError(
             f"{args.data}: needs labelled patches of the splits `validation` (trained on) and "
             f"`test`; it has {len(train_rows)} and {len(test_rows)}")
-    counts = np.bincount(patches.labels[train_rows], minlength=IGNORE)
-    if few := [name for name, n in zip(patches.classes, counts) if n and round(smallest * n) < 1]:
-        print(f"{smallest:.1%} of the training patches of {', '.join(few)} is less than one")
     stats = content["stats"] if content else patches.stats(train_rows)
     return patches, train_rows, test_rows, {"scale": args.scale, "stats": stats}
 

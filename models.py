@@ -153,21 +153,18 @@ def make_encoders(method, bands, arch="resnet18"):
     return encoders
 
 
-def encode(encoders, s1, s2):
-    """Network input of both sensors -> {input: features (N, D) or map (N, 256, h/8, w/8)}."""
+def features(encoders, s1, s2):
+    """Network input of both sensors -> features of the encoders side by side, (N, D); maps are
+    averaged over space."""
     inputs = {"s1": s1, "s2": s2}
     if "s1+s2" in encoders:
         inputs["s1+s2"] = torch.cat((s1, s2), 1)
-    return {name: encoder(inputs[name]) for name, encoder in encoders.items()}
-
-
-def pooled(features):
-    """(N, D) features as they are; a map (N, D, h, w) averaged over space -> (N, D)."""
-    return features.mean((2, 3)) if features.dim() == 4 else features
+    outputs = [encoder(inputs[name]) for name, encoder in encoders.items()]
+    return torch.cat([x.mean((2, 3)) if x.dim() == 4 else x for x in outputs], 1)
 
 
 class Contrastive(nn.Module):
-    """A method's encoders with their projection heads, 512 -> 512 -> 128; MMA, which compares maps,
+    """A method's encoders with their projection heads, 512 -> 512 -> width; MMA compares maps and
     has none. forward: two network inputs, of the two sensors or for SimCLR (RGB) two views of one
     image -> the two float32 embeddings (N, 128), or maps (N, 256, h/8, w/8), to be compared."""
 
@@ -176,7 +173,7 @@ class Contrastive(nn.Module):
         self.method = method
         self.encoders = make_encoders(method, bands, arch)
         self.heads = nn.ModuleDict()
-        for name, encoder in self.encoders.items() if method != "mma" else ():
+        for name, encoder in self.encoders.items() if width and method != "mma" else ():
             d = encoder.features
             layers = nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, width)
             self.heads[name] = nn.Sequential(*layers)
@@ -186,7 +183,7 @@ class Contrastive(nn.Module):
             features = self.encoders["s2"](torch.cat((a, b)))
             return self.heads["s2"](features).float().chunk(2)
         a, b = self.encoders["s1"](a), self.encoders["s2"](b)
-        if self.method != "mma":
+        if self.heads:
             a, b = self.heads["s1"](a), self.heads["s2"](b)
         return a.float(), b.float()
 
@@ -215,8 +212,7 @@ class Classifier(nn.Module):
         self.fc = nn.Linear(sum(encoder.features for encoder in encoders.values()), classes)
 
     def forward(self, s1, s2):
-        features = encode(self.encoders, s1, s2).values()
-        return self.fc(torch.cat([pooled(x) for x in features], 1))
+        return self.fc(features(self.encoders, s1, s2))
 
 
 def resolve_precision(precision, device):
@@ -286,7 +282,6 @@ def retrieval(similarity):
             "median": rank.quantile(0.5).item()}
 
 
-# ---------------------------------------- checkpoints
 # A checkpoint is a dict: format, method, arch, bands {"s1", "s2": names in order}, classes (names),
 # scale, stats {"s1", "s2": {"mean", "std"}}, simulated, args, encoders and heads {"s1", "s2":
 # state_dict}, versions; from pretrain.py also epoch, step, optimizer, random, retrieval, data; a
@@ -366,13 +361,12 @@ def released_resnets(weights):
     for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2.")):
         keys = [key.removeprefix(prefix) for key in weights if key.startswith(prefix)]
         network = {key: weights[prefix + key] for key in keys}
-        head = [key for key in keys if key.startswith("fc.")]  # fc.0, fc.2: the layers of our heads
-        content["heads"][sensor] = {key.removeprefix("fc."): network.pop(key) for key in head}
+        head = {key.removeprefix("fc."): network.pop(key) for key in keys if key.startswith("fc.")}
         content["encoders"][sensor] = network
+        if "2.weight" in head:  # some lack it
+            content["heads"][sensor] = head
     if "layer1.0.conv3.weight" in network:
         content["arch"] = "resnet50"
-    if not all("2.weight" in head for head in content["heads"].values()):
-        content["heads"] = {}
     return content
 
 
@@ -425,30 +419,23 @@ LICENCE = "contains modified Copernicus Sentinel data, which must be named where
 
 def export(checkpoint, out):
     """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, of a classifier its last
-    layer, OUT/fc.pt, and OUT/card.json: all that a user must know. -> the card."""
+    layer, OUT/fc.pt, and OUT/card.json: all that a user must know. -> the state_dicts."""
     content, out = load_checkpoint(checkpoint), Path(out)
     encoders, _ = load_encoders(content)
+    weights = {name: encoder.state_dict() for name, encoder in encoders.items()}
+    if "fc" in content:
+        weights["fc"] = content["fc"]
     card = {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12],
-            "licence": "of simulated data" if content["simulated"] else LICENCE, "sensors": {},
+            "licence": "of simulated data" if content["simulated"] else LICENCE,
             "units": {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"},
             "scaling": SCALING[content["scale"]]}
-    for key in ("method", "simulated", "scale", "stats", "classes", "data", "epoch", "retrieval",
-                "scores", "args"):
-        card[key] = content.get(key)
+    weighty = {"encoders", "heads", "fc", "optimizer", "random"}
+    card |= {key: value for key, value in content.items() if key not in weighty}
     out.mkdir(parents=True, exist_ok=True)
-    for name, encoder in encoders.items():
-        weights = {key: value.contiguous() for key, value in encoder.state_dict().items()}
-        torch.save(weights, out / f"{name}.pt")
-        bands = bands_of(content["bands"], name)
-        network = f"timm.create_model('{content['arch']}', in_chans={len(bands)}, num_classes=0)"
-        if content["method"] == "mma":
-            network = f"models.VGG({len(bands)})"
-        card["sensors"][name] = {"bands": bands, "features": encoder.features, "network": network}
-    if "fc" in content:
-        torch.save(content["fc"], out / "fc.pt")
-        card["classifier"] = {"file": "fc.pt", "task": content["task"]}
+    for name, state in weights.items():
+        torch.save(state, out / f"{name}.pt")
     (out / "card.json").write_text(json.dumps(card, indent=1) + "\n")
-    return card
+    return weights
 
 
 def main():
@@ -459,11 +446,11 @@ def main():
     parser.add_argument("out", help="folder to write")
     args = parser.parse_args()
     try:
-        card = export(args.checkpoint, args.out)
+        weights = export(args.checkpoint, args.out)
     except (CheckpointError, OSError) as error:
         print(f"models.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"wrote {args.out}/card.json, {' '.join(card['sensors'])}")
+    print(f"wrote {args.out}/card.json, {' '.join(weights)}")
 
 
 if __name__ == "__main__":

@@ -127,12 +127,11 @@ def network_inputs(s1, s2, args, stats, step, rank):
         scale = "patch-max" if args.scale == "patch-max" else "fixed"  # colours in 0..1
         _, colours = models.to_input(s1, s2, scale)
         numbers, orders = draw_views(args.batch_size, args.seed, step)  # of all processes
-        inputs = two_views(colours, numbers[:, rank * len(s2):][:, :len(s2)], orders)
+        views = two_views(colours, numbers[:, rank * len(s2):][:, :len(s2)], orders)
         if args.scale == "standard":
-            inputs = [models.standardise(view * 10_000, stats["s2"]) for view in inputs]
-    else:
-        inputs = models.to_input(s1, s2, args.scale, stats)
-    return [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+            views = [models.standardise(view * 10_000, stats["s2"]) for view in views]
+        return views
+    return models.to_input(s1, s2, args.scale, stats)
 
 
 def draw_views(count, seed, step):
@@ -157,9 +156,7 @@ def draw_views(count, seed, step):
 
 def two_views(images, numbers, orders):
     """(N, 3, h, w) colours in 0..1, and what draw_views() drew for them -> two of (N, 3, h, w)."""
-    numbers, views = torch.from_numpy(numbers).float(), []
-    if images.is_cuda:
-        numbers = numbers.pin_memory().to(images.device, non_blocking=True)
+    numbers, views = torch.from_numpy(numbers).float().to(images.device, non_blocking=True), []
     for drawn, order in zip(numbers, orders):  # of one view
         grid = F.affine_grid(drawn[:, :6].unflatten(1, (2, 3)), images.shape, align_corners=False)
         view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -93,6 +93,7 @@ for method in d-simclr mma simclr-rgb; do
   else queue python pretrain.py "${options[@]}"; fi
 done
 run_jobs
+for method in d-simclr mma simclr-rgb; do python tests/show.py "$out/runs/$method" "$out/runs/$method.png"; done
 
 evaluate=(--data "$dfc2020" --results "$out/results" --seeds "$seeds")
 for method in d-simclr mma simclr-rgb; do

@@ -1,7 +1,8 @@
-"""Pictures to look at: pairs of a store, or how a pretraining went.
+"""Pictures to look at: pairs of a store, how a pretraining went, a map.
 
-    python tests/show.py STORE OUT.png           # eight pairs side by side, with their classes
-    python tests/show.py runs/d-simclr OUT.png   # loss and held-out retrieval over epochs
+    python tests/show.py STORE OUT.png                    # eight pairs side by side, with their classes
+    python tests/show.py runs/d-simclr OUT.png            # loss and held-out retrieval over epochs
+    python tests/show.py MAP.tif OUT.png --scene S2.tif   # what finetune.py --map made of a scene
 """
 import argparse
 import json
@@ -10,11 +11,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import rasterio
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+import finetune
 import models
 
 
@@ -54,18 +58,63 @@ def draw_run(folder):
     return figure
 
 
+def small(raster):
+    """-> all bands of a raster, at most some 1,500 px a side."""
+    shrink = max(1, *(side / 1500 for side in raster.shape))
+    return raster.read(out_shape=(raster.count, *(math.ceil(side / shrink) for side in raster.shape)))
+
+
+def draw_scene(axis, path):
+    """Sentinel-2 in colours, or Sentinel-1, which holds floating-point numbers, in grey."""
+    with rasterio.open(path) as raster:
+        image, radar = np.nan_to_num(small(raster)), raster.dtypes[0].startswith("float")
+        known = {len(names): names for names in (data.S1_BANDS, data.L2A_BANDS, data.S2_BANDS)}
+        bands = list(raster.descriptions)
+        if None in bands:
+            bands = known.get(raster.count, [f"band {number}" for number in raster.indexes])
+        if radar:
+            axis.imshow(image[0], "gray", vmin=-25, vmax=0)  # dB
+            return axis.set_title(f"{bands[0]} of Sentinel-1")
+        picture, colours = data.composite(image - float(finetune.offset_of({"s2": (raster, bands)})), bands)
+    axis.imshow(picture)
+    return axis.set_title(f"Sentinel-2, {colours}")
+
+
+def draw_map(path, scene):
+    """-> figure of a map with its legend, of several labels the most probable one; beside it the scene."""
+    with rasterio.open(path) as tif:
+        values, tags = small(tif), tif.tags()
+    if "class_1" not in tags:
+        raise data.DataError(f"{path}: not a map of finetune.py --map")
+    names = [tags[f"class_{number}"] for number in range(sum(key.startswith("class_") for key in tags))]
+    classes = np.where(values[0] == 255, 255, values.argmax(0)) if len(values) > 1 else values[0]
+    figure = Figure((11, 5) if scene else (6, 5), layout="constrained")
+    *left, right = figure.subplots(1, 1 + bool(scene), squeeze=False, subplot_kw={"xticks": [], "yticks": []})[0]
+    for axis in left:
+        draw_scene(axis, scene)
+    colours = ListedColormap([f"#{colour}" for colour in finetune.COLOURS * len(names)][:len(names)])
+    drawn = right.imshow(np.ma.masked_equal(classes, 255), colours, vmin=-0.5, vmax=len(names) - 0.5,
+                         interpolation="nearest")
+    figure.colorbar(drawn, ticks=range(len(names))).set_ticklabels(names)
+    right.set_title("SIMULATED data" * (tags["simulated"] == "True"))
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a store, or --out of pretrain.py")
+    parser.add_argument("what", type=Path, help="a store, --out of pretrain.py, or --map of finetune.py")
     parser.add_argument("out", help="PNG to write")
+    parser.add_argument("--scene", help="GeoTIFF to draw beside a map")
     args = parser.parse_args()
-    if Path(args.folder, "log.jsonl").exists():
-        figure = draw_run(args.folder)
+    if args.what.is_file():
+        figure = draw_map(args.what, args.scene)
+    elif (args.what / "log.jsonl").exists():
+        figure = draw_run(args.what)
     else:
-        figure = draw_pairs(data.Patches(args.folder))
+        figure = draw_pairs(data.Patches(args.what))
     figure.savefig(args.out, format="png", dpi=110)
 
 
 if __name__ == "__main__":
-    data.run(main, models.CheckpointError)
+    data.run(main, models.CheckpointError, rasterio.errors.RasterioError)
