@@ -248,8 +248,7 @@ def choose_penalty(task, x, y, weight, rows, labels, seed):
 def knn(x, y, queries, k=20, temperature=0.07):
     """Weighted cosine k-nearest-neighbour vote (Wu et al. 2018). y: (n, C) 0/1 -> (N, C) logits of
     the queries, positive for a majority."""
-    similarity = F.normalize(queries) @ F.normalize(x).T
-    similarity, nearest = similarity.topk(min(k, len(x)), 1)
+    similarity, nearest = (F.normalize(queries) @ F.normalize(x).T).topk(min(k, len(x)), 1)
     vote = (similarity / temperature).softmax(1)
     return torch.einsum("nk,nkc->nc", vote, y[nearest]) - 0.5
 
@@ -347,10 +346,10 @@ def retrieve(args, content):
 
     x = extract(network, scaling, patches, rows, args, middle=True)["x"]
     similarity = model.similarity(*torch.from_numpy(x).unbind(1))
-    scores = models.retrieval(similarity)
-    result = (f"{'SIMULATED data, ' * patches.simulated}{TITLES[args.method]}: {len(rows)} held-out "
-              f"candidates, top-1 {scores['top1']:.0%}, top-5 {scores['top5']:.0%}, median rank "
-              f"{scores['median']:g}")
+    found = models.retrieval(similarity)
+    result = (f"{TITLES[args.method]}: {len(rows)} held-out candidates, top-1 {found['top1']:.0%}, "
+              f"top-5 {found['top5']:.0%}, median rank {found['median']:g}")
+    result = "SIMULATED data, " * patches.simulated + result
     nearest = similarity.topk(min(5, len(rows)), 1).indices.numpy()
     draw_retrieval(args, rows, nearest, result)
     print(f"wrote {args.retrieve}: {result}")
