@@ -6,9 +6,10 @@
     python tests/recipe.py clip+noise --fold folds/R10 --seed 0  # a line of trials.jsonl
     python tests/recipe.py --table                               # all of them, in Markdown
 
-Every trial is 200 steps of D-SimCLR on crops of 48 px, batches of 64, Adam, learning rate 3e-4 for
-ten epochs, then a cosine to zero, scale `standard`, one thread. Judged is who finds whom among the
-held-out places: the mean of both ways and of five crops of a place, centre and corners.
+Every trial is 200 steps on crops of 48 px, of D-SimCLR unless the name says MMA (100 steps are
+enough: --steps), batches of 64, Adam, learning rate 3e-4 for ten epochs, then a cosine to zero,
+scale `standard`, one thread. Judged is who finds whom among the held-out places: the mean of both
+ways and of five crops of a place, centre and corners.
 """
 import argparse
 import json
@@ -34,6 +35,8 @@ CLIP = {"across": True}  # negatives of the other sensor alone: pretrain.py --re
 TRIALS = {
     "poster": {},
     "poster+constant": {"constant_epochs": 10 ** 6},  # the rate stays as it is
+    "poster+temp0.2": {"temperature": 0.2},
+    "poster+bnbn": {"bnbn": True},  # batch norm after both layers of the heads
     "clip": CLIP,
     "clip+constant": CLIP | {"constant_epochs": 10 ** 6},
     "clip+shift": CLIP | {"shift": 8},  # px at most, between the crops of the two sensors
@@ -44,9 +47,23 @@ TRIALS = {
     "clip+batch128": CLIP | {"batch_size": 128, "constant_epochs": 20},
     "clip+adamw": CLIP | {"adamw": True, "weight_decay": 0.05},
     "clip+ema": CLIP | {"ema": 0.98},  # the weights' moving average is judged
+    "clip+flips": CLIP | {"turned": 2},  # sensors with flips and quarter turns, alike for both
+    "clip+flip-radar": CLIP | {"turned": 1},
+    "clip+temp0.05": CLIP | {"temperature": 0.05},
+    "clip+learntemp": CLIP | {"learn_temperature": True},
+    "clip+bnbn": CLIP | {"bnbn": True},
+    "clip+lr1e-3": CLIP | {"lr": 1e-3, "warmup": 20},  # steps in which the rate rises from 0
+    "clip+warmup": CLIP | {"warmup": 20},
+    "clip+lars0.6": CLIP | {"lars": True, "lr": 0.6},
+    "clip+lars5": CLIP | {"lars": True, "lr": 5.0},
+    "vicreg": {"vicreg": True},  # in place of the loss
+    "mma": {"method": "mma", "temperature": 0.1},
+    "mma+shift": {"method": "mma", "temperature": 0.1, "map_shift": 1},  # locations of 8 px
 }
 USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
     "across": False, "shift": 0, "later": 0, "drop": 0, "noise": 0, "barlow": 0, "ema": 0,
+    "turned": 0, "learn_temperature": False, "bnbn": False, "warmup": 0, "lars": False,
+    "vicreg": False, "map_shift": 0,
     "method": "d-simclr", "arch": "resnet18", "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
     "adamw": False, "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
 DEVICE = torch.device("cpu")
@@ -59,9 +76,44 @@ def barlow_twins(a, b, weight):
     return wrong.diagonal().sum() + weight * (wrong.sum() - wrong.diagonal().sum())
 
 
+def vicreg(a, b):
+    """Bardes, Ponce, LeCun 2022, of embeddings (N, d), with their weights."""
+    loss = 25 * F.mse_loss(a, b)
+    for x in (a, b):
+        x = x - x.mean(0)
+        covariance = x.T @ x / (len(x) - 1)
+        spread = F.relu(1 - (covariance.diagonal() + 1e-4).sqrt()).mean()
+        loss = loss + 25 / 2 * spread + (covariance - covariance.diag().diag()).square().sum() / len(covariance)
+    return loss
+
+
+class LARS(torch.optim.SGD):
+    """Layer-wise rates (You, Gitman, Ginsburg 2017), as SimCLR has them: each layer's step is in
+    proportion to its weights; not of biases and batch norm, which do not decay either."""
+
+    @torch.no_grad()
+    def step(self):
+        group = self.param_groups[0]
+        for weights in group["params"]:
+            if weights.ndim > 1:
+                gradient = weights.grad.add_(weights, alpha=1e-6)
+                gradient *= 0.001 * weights.norm() / gradient.norm().clamp(1e-12)
+        super().step()
+
+
 def make_model(args, bands):
     """-> (model, optimiser) of a trial."""
     model, _, optimizer = pretrain.make_model(args, bands, DEVICE, world=1)
+    for head in model.heads.values() if args.bnbn else ():
+        head.insert(1, torch.nn.BatchNorm1d(head[0].out_features))
+        head.append(torch.nn.BatchNorm1d(head[-1].out_features, affine=False))
+    if args.bnbn:
+        optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    if args.lars:
+        optimizer = LARS(model.parameters(), args.lr, momentum=0.9)
+    if args.learn_temperature:  # by its logarithm, as CLIP does
+        model.temperature = torch.nn.Parameter(torch.tensor(args.temperature).log())
+        optimizer.add_param_group({"params": model.temperature, "lr": 1e-2, "weight_decay": 0})
     if args.barlow:  # it standardises the embeddings: so does retrieval
         for head in model.heads.values():
             head.append(torch.nn.BatchNorm1d(head[-1].out_features, affine=False))
@@ -90,23 +142,44 @@ def training_input(batch, radar, optical, args, stats, rng):
     for image in s2:
         if rng.random() < args.drop:
             image[rng.integers(len(image))] = 0  # the mean
+    for place in zip(s1, s2) if args.turned else ():
+        turns, mirrored = rng.integers(4), rng.integers(2)
+        for image in place[:args.turned]:
+            turned = image.rot90(int(turns), (1, 2))
+            image.copy_(turned.flip(2) if mirrored else turned.clone())
     return [x.contiguous(memory_format=torch.channels_last) for x in (s1, s2)]
 
 
+def similarity_of(model, a, b, args):
+    """(N, N) similarity, of MMA as the maximum over shifts of the maps."""
+    inside = slice(args.map_shift, -args.map_shift or None)
+    return model.similarity(a, b[..., inside, inside] if args.map_shift else b)
+
+
+def loss_of(model, a, b, args):
+    if args.barlow:
+        return barlow_twins(a, b, args.barlow)
+    if args.vicreg:
+        return vicreg(a, b)
+    temperature = model.temperature.exp() if args.learn_temperature else args.temperature
+    if args.map_shift:
+        return models.info_nce(similarity_of(model, a, b, args), temperature)
+    return model.loss(a, b, temperature, across=args.across)
+
+
 @torch.no_grad()
-def judge(model, patches, rows, crop, stats):
+def judge(model, patches, rows, args, stats):
     """-> {"top1", "top5"}: mean over both ways, and over the centre and the corners of places."""
-    last, found = patches.size[0] - crop, []
+    last, found = patches.size[0] - args.crop, []
     model.eval()
     for place in ((last // 2, last // 2), (0, 0), (0, last), (last, 0), (last, last)):
         embeddings = []
         for part in np.array_split(rows, len(rows) // 100 + 1):
             where = [np.full(len(part), offset) for offset in place]
-            images = [cut(array[part], *where, crop) for array in patches.arrays[:2]]
+            images = [cut(array[part], *where, args.crop) for array in patches.arrays[:2]]
             with models.autocast("auto", DEVICE):
                 embeddings.append(model(*models.to_input(*images, "standard", stats)))
-        a, b = map(torch.cat, zip(*embeddings))
-        similarity = F.normalize(a) @ F.normalize(b).T
+        similarity = similarity_of(getattr(model, "module", model), *map(torch.cat, zip(*embeddings)), args)
         found += [models.retrieval(similarity), models.retrieval(similarity.T)]
     return {key: float(np.mean([way[key] for way in found])) for key in ("top1", "top5")}
 
@@ -134,21 +207,19 @@ def run(trial, fold, seed, steps):
         if not within:
             batches = data.random_crops(
                 rows, patches.size, args.crop, args.batch_size, seed, epoch, drop_last=True)
-        optimizer.param_groups[0]["lr"] = pretrain.learning_rate(step, epoch_steps, args)
+        rate = pretrain.learning_rate(step, epoch_steps, args)
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / max(1, args.warmup))
         inputs = training_input(batches[within], radar, patches.arrays[1], args, stats, rng)
         with models.autocast("auto", DEVICE):
             a, b = model(*inputs)
-        if args.barlow:
-            loss = barlow_twins(a, b, args.barlow)
-        else:
-            loss = model.loss(a, b, args.temperature, across=args.across)
+        loss = loss_of(model, a, b, args)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if args.ema:
             judged.update_parameters(model)
         times.append(time.perf_counter() - start)
-    found = judge(judged, patches, held, args.crop, stats)
+    found = judge(judged, patches, held, args, stats)
     return {"trial": trial, "fold": fold.name, "seed": seed, "steps": steps, **found,
             "loss": loss.item(), "places": len(held), "step_s": float(np.median(times)),
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20,

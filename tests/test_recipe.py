@@ -10,7 +10,7 @@ import torch
 def test_trials(labelled, tmp_path, monkeypatch, capsys, trial):
     for name in ("pairs", "flood"):
         (tmp_path / name).symlink_to(labelled)
-    monkeypatch.setattr(recipe, "USUAL", recipe.USUAL | {"crop": 16, "batch_size": 8})
+    monkeypatch.setattr(recipe, "USUAL", recipe.USUAL | {"crop": 24, "batch_size": 8})
     monkeypatch.setitem(recipe.TRIALS, trial, {**recipe.TRIALS[trial], "batch_size": 8})
     threads = torch.get_num_threads()
     line = recipe.run(trial, tmp_path, 0, 5)
