@@ -1,9 +1,14 @@
 """tests/recipe.py: every trial trains, is judged and stands in the table."""
 import json
+import math
 
+import numpy as np
 import pytest
 import recipe
 import torch
+import torch.nn.functional as F
+
+import models
 
 
 @pytest.mark.parametrize("trial", recipe.TRIALS)
@@ -16,7 +21,54 @@ def test_trials(labelled, tmp_path, monkeypatch, capsys, trial):
     line = recipe.run(trial, tmp_path, 0, 5)
     torch.set_num_threads(threads)
     assert line["places"] == 24 and 0 <= line["top1"] <= line["top5"] <= 1 and line["simulated"]
-    recipe.print_table([{**line, "trial": "poster", "top1": 0.1, "top5": 0.2}, {**line, "top1": 0.2, "top5": 0.3}])
+    assert math.isfinite(line["loss"]) and json.dumps(line)
+    usual = "mma" if trial.startswith("mma") else "poster"
+    recipe.print_table([{**line, "trial": usual, "top1": 0.1, "top5": 0.2}, {**line, "top1": 0.2, "top5": 0.3}])
     table = capsys.readouterr().out
-    assert "SIMULATED" in table and (trial == "poster" or f"| {trial} | 1 | 20.0 | 30.0 | 2.00 / 1.50 |" in table)
-    assert json.dumps(line)
+    assert "SIMULATED" in table and (trial == usual or f"| {trial} | 1 | 20.0 | 30.0 | 2.00 / 1.50 |" in table)
+
+
+def test_vicreg_is_its_formula():
+    a, b = torch.randn(2, 40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = 25 * np.square(a.numpy() - b.numpy()).mean()
+    for x in (a.numpy(), b.numpy()):
+        expected += 25 / 2 * np.maximum(0, 1 - np.sqrt(x.var(0, ddof=1) + 1e-4)).mean()
+        covariance = np.cov(x.T)
+        expected += (np.square(covariance).sum() - np.square(covariance.diagonal()).sum()) / 6
+    assert recipe.vicreg(a, b).item() == pytest.approx(expected)
+
+
+def test_lars_steps():
+    """v = 0.9 v + rate * ratio * (gradient + decay), of which the ratio is 1 and no decay for biases."""
+    weights, bias = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(3))
+    optimizer, speed = recipe.LARS([weights, bias], 1.0, momentum=0.9), 0
+    for rate in (0.5, 0.2):
+        optimizer.param_groups[0]["lr"] = rate
+        before, pull = weights.detach().clone(), torch.arange(6.0).view(2, 3)
+        weights.grad, bias.grad = pull.clone(), torch.full((3,), 2.0)
+        optimizer.step()
+        decayed = pull + 1e-6 * before
+        speed = 0.9 * speed + rate * 0.001 * before.norm() / decayed.norm() * decayed
+        assert torch.allclose(weights, before - speed, atol=1e-7)
+    assert torch.allclose(bias, torch.full((3,), 1 - 1.0 - (0.9 * 1.0 + 0.4)))
+
+
+def test_similarity_over_shifts_is_the_best_of_nine():
+    model = models.Contrastive("mma", {"s1": ["VV"], "s2": ["B4"]})
+    a, b = torch.randn(2, 3, 8, 6, 6, generator=torch.Generator().manual_seed(0))
+    args = recipe.SimpleNamespace(**recipe.USUAL | {"map_shift": 1})
+    inner = F.normalize(b, dim=1)[..., 1:5, 1:5].flatten(1)
+    shifted = [F.normalize(a, dim=1)[..., k:k + 4, m:m + 4].flatten(1) @ inner.T / 16 for k in range(3) for m in range(3)]
+    assert torch.allclose(recipe.similarity_of(model, a, b, args), torch.stack(shifted).amax(0), atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [1, 2])
+def test_turns_of_one_sensor_and_of_both(turned):
+    pixels = np.arange(4 * 6 * 6).reshape(1, 4, 1, 6, 6)
+    args = recipe.SimpleNamespace(**recipe.USUAL | {"turned": turned, "crop": 6})
+    stats = {sensor: {"mean": [0], "std": [1]} for sensor in ("s1", "s2")}
+    batch = np.arange(4), np.zeros(4, int), np.zeros(4, int)
+    s1, s2 = recipe.training_input(batch, (100 * pixels).astype(np.int16), pixels[0], args, stats, np.random.default_rng(0))
+    plain = torch.from_numpy(pixels[0].astype(np.float32))
+    assert torch.equal(s2, s1 if turned == 2 else plain) and not torch.equal(s1, plain)
+    assert torch.equal(s1.flatten(1).sort(1).values, plain.flatten(1))  # the same pixels elsewhere
