@@ -47,6 +47,7 @@ CURVES = {"mma": ("o", "#c0392b", (47.5, 59.7, 64.2, 69.0)),
           "early-fusion": ("^", "#1b7837", (34.6, 52.2, 55.1, 62.0)),
           "late-fusion": ("v", "#e08214", (39.8, 50.0, 61.7, 62.0))}
 STRIP = 256  # px of a map that are made at a time
+# Of the classes in their order, as in data.CLASSES; from the ninth on again.
 COLOURS = ["1b7837", "a6a04c", "a6d96a", "5aae9e", "f2c14e", "c0392b", "b9a596", "2b6cb0"]
 
 
@@ -412,8 +413,9 @@ def write_map(args):
                 part, "w", driver="GTiff", dtype="uint8", nodata=255, compress="deflate",
                 height=raster.height, width=raster.width, count=len(names) if multi else 1,
                 crs=raster.crs, transform=raster.transform) as tif:
-            tags = {f"class_{number}": name for number, name in enumerate(names)}
-            tif.update_tags(**tags, task=content["task"], simulated=content["simulated"])
+            tags = {key: content[key] for key in ("method", "task", "simulated")}
+            tags |= {f"class_{number}": name for number, name in enumerate(names)}
+            tif.update_tags(**tags, s2_offset=scaling["s2_offset"])
             if multi:
                 tif.descriptions = [f"{name}, %" for name in names]
             else:
@@ -422,7 +424,8 @@ def write_map(args):
             for top, values in map_strips(args, content, model, scaling, scene, step):
                 tif.write(values, window=Window(0, top, raster.width, values.shape[1]))
         with rasterio.open(part) as tif:  # read again, since writing does not tell of a full disk
-            list(map(tif.checksum, tif.indexes))
+            for band in tif.indexes:
+                tif.checksum(band)
         part.replace(args.map)
     except rasterio.errors.RasterioError as error:  # a full disk, a scene that is cut off
         raise data.DataError(f"{args.map}: {error.__cause__ or error}: free space, or mend "

@@ -19,7 +19,6 @@ import itertools
 import json
 import math
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -122,11 +121,6 @@ class Results:
             tqdm.write(f"  not in the test data, so not in the average: {', '.join(absent)}")
 
 
-def band_statistics(x):
-    """In place of a network: (N, c, h, w) -> (N, 2c) standard deviation and mean per band."""
-    return torch.cat(torch.std_mean(x, (2, 3)), 1)
-
-
 def make_encoders(args, content, patches, seed):
     """-> a method's encoders: of a checkpoint's content if there is one, else made by the seed."""
     torch.manual_seed(seed)
@@ -139,11 +133,12 @@ def frozen_network(args, content, patches, seed=0):
     network inputs that gives their features side by side, (N, D)."""
     encoders = make_encoders(args, content, patches, seed).eval()
     encoders.to(args.device, memory_format=torch.channels_last)
-    used = {name: encoder if args.baseline != "bands" else band_statistics
-            for name, encoder in encoders.items() if args.sensors in ("both", name)}
+    if args.baseline == "bands":  # (N, c, h, w) -> (N, 2c), standard deviation and mean of each
+        encoders = dict.fromkeys(encoders, lambda x: torch.cat(torch.std_mean(x, (2, 3)), 1))
+    used = {name: encoder for name, encoder in encoders.items() if args.sensors in ("both", name)}
     if not used:
         raise data.DataError(f"--sensors {args.sensors}: {args.method} has no such encoder")
-    return partial(models.features, used)
+    return lambda s1, s2: models.joined_features(used, s1, s2)
 
 
 @torch.no_grad()
@@ -317,8 +312,8 @@ def embed(args, content):
 
 def contrastive_model(content):
     """-> Contrastive of a checkpoint, its scaling."""
-    heads = content["heads"]  # some released weights lack them: then features are compared
-    width = len(heads["s1"]["2.weight"]) if heads else 0
+    heads = content["heads"] if len(content["heads"]) == 2 else {}  # some released weights lack one
+    width = len(heads["s1"]["2.weight"]) if heads else 0  # then the features are compared
     model = models.Contrastive(content["method"], content["bands"], content["arch"], width)
     model.encoders, scaling = models.load_encoders(content)
     for name, weights in heads.items():
@@ -361,15 +356,14 @@ def draw_retrieval(args, rows, nearest, title):
     patches = data.Patches(args.data)  # all bands: the encoders may see none that are colours
     queries = np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))
     shown = np.column_stack((queries, nearest[queries]))  # (12, 6): the query, those nearest to it
-    batches = data.grid_crops(rows[shown.ravel()], patches.size, args.crop, shown.size, True)
+    batches = data.grid_crops(rows[shown.ravel()], patches.size, args.crop, shown.size, middle=True)
     (s1, s2, *_), = data.loader(patches, batches, args.crop)
     pictures, colours = data.composite(s2.numpy(), patches.bands["s2"])
     figure = Figure((13.8, 7.6), layout="constrained")
     axes = figure.subplots(*shown.T.shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for k, (column, line) in enumerate(np.ndindex(shown.shape)):
         axis = axes[line, column]
-        image = pictures[k] if line else s1[k, 0].numpy()
-        axis.imshow(image, cmap="gray", vmin=-2500, vmax=0)  # 1/100 dB; colours stay as they are
+        axis.imshow(pictures[k] if line else s1[k, 0].numpy(), "gray", vmin=-2500, vmax=0)
         if line and shown[column, line] == queries[column]:
             axis.spines[:].set(color="#00c853", linewidth=4)
     figure.suptitle(f"{title}\n{patches.bands['s1'][0]} of Sentinel-1; below it the nearest of "

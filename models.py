@@ -1,6 +1,6 @@
 """Network input, labels, encoders, projection heads, losses, classifier, checkpoints.
 
-    from models import load_encoders, to_input, nt_xent, mma_similarity, info_nce
+    from models import load_encoders, load_classifier, to_input, nt_xent, mma_similarity, info_nce
     encoders, scaling = load_encoders("runs/d-simclr/last.pt")   # {"s1": module, "s2": module}
     classifier, scaling, names = load_classifier("late-fusion_single_1_seed0.pt")
     s1, s2 = to_input(s1, s2, **scaling)
@@ -33,7 +33,7 @@ CHECKPOINT_FORMAT = 1
 IGNORE = 255  # class of a pixel that is none of the classes; label of a patch that has none
 MISSING = -32768  # in S1 as integers
 
-# From S1 in dB and S2 as reflectance x 10,000 to network input, see to_input().
+# From sigma nought in dB and reflectance x 10,000 to network input, see to_input().
 SCALING = {
     "patch-max": "S1 clipped to -25..0, plus 25; S2 to 0..10000; each channel / (its max + 1e-5)",
     "fixed": "S1 clipped to -25..0, plus 25, / 25; S2 clipped to 0..10000, / 10000",
@@ -153,7 +153,7 @@ def make_encoders(method, bands, arch="resnet18"):
     return encoders
 
 
-def features(encoders, s1, s2):
+def joined_features(encoders, s1, s2):
     """Network input of both sensors -> features of the encoders side by side, (N, D); maps are
     averaged over space."""
     inputs = {"s1": s1, "s2": s2}
@@ -164,9 +164,9 @@ def features(encoders, s1, s2):
 
 
 class Contrastive(nn.Module):
-    """A method's encoders with their projection heads, 512 -> 512 -> width; MMA compares maps and
-    has none. forward: two network inputs, of the two sensors or for SimCLR (RGB) two views of one
-    image -> the two float32 embeddings (N, 128), or maps (N, 256, h/8, w/8), to be compared."""
+    """A method's encoders with their projection heads, 512 -> 512 -> width (0: none); MMA compares
+    maps and has none. forward: two network inputs, of the sensors or for SimCLR (RGB) two views of
+    one image -> two float32 embeddings (N, width), or maps (N, 256, h/8, w/8), to be compared."""
 
     def __init__(self, method, bands, arch="resnet18", width=128):
         super().__init__()
@@ -180,8 +180,8 @@ class Contrastive(nn.Module):
 
     def forward(self, a, b):
         if self.method == "simclr-rgb":  # one pass, so that batch norm sees both views together
-            features = self.encoders["s2"](torch.cat((a, b)))
-            return self.heads["s2"](features).float().chunk(2)
+            both = self.encoders["s2"](torch.cat((a, b)))
+            return self.heads["s2"](both).float().chunk(2)
         a, b = self.encoders["s1"](a), self.encoders["s2"](b)
         if self.heads:
             a, b = self.heads["s1"](a), self.heads["s2"](b)
@@ -212,7 +212,7 @@ class Classifier(nn.Module):
         self.fc = nn.Linear(sum(encoder.features for encoder in encoders.values()), classes)
 
     def forward(self, s1, s2):
-        return self.fc(features(self.encoders, s1, s2))
+        return self.fc(joined_features(self.encoders, s1, s2))
 
 
 def resolve_precision(precision, device):
@@ -363,7 +363,7 @@ def released_resnets(weights):
         network = {key: weights[prefix + key] for key in keys}
         head = {key.removeprefix("fc."): network.pop(key) for key in keys if key.startswith("fc.")}
         content["encoders"][sensor] = network
-        if "2.weight" in head:  # some lack it
+        if "2.weight" in head:
             content["heads"][sensor] = head
     if "layer1.0.conv3.weight" in network:
         content["arch"] = "resnet50"
@@ -428,8 +428,10 @@ def export(checkpoint, out):
     card = {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12],
             "licence": "of simulated data" if content["simulated"] else LICENCE,
             "units": {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"},
+            "network": "models.VGG" if content["method"] == "mma" else content["arch"],
+            "inputs": {name: bands_of(content["bands"], name) for name in encoders},
             "scaling": SCALING[content["scale"]]}
-    weighty = {"encoders", "heads", "fc", "optimizer", "random"}
+    weighty = {"encoders", "heads", "fc", "optimizer", "random", "file", "arch"}
     card |= {key: value for key, value in content.items() if key not in weighty}
     out.mkdir(parents=True, exist_ok=True)
     for name, state in weights.items():

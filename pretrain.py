@@ -156,8 +156,9 @@ def draw_views(count, seed, step):
 
 def two_views(images, numbers, orders):
     """(N, 3, h, w) colours in 0..1, and what draw_views() drew for them -> two of (N, 3, h, w)."""
-    numbers, views = torch.from_numpy(numbers).float().to(images.device, non_blocking=True), []
-    for drawn, order in zip(numbers, orders):  # of one view
+    numbers, views = torch.from_numpy(numbers).float(), []
+    numbers = numbers.pin_memory() if images.is_cuda else numbers
+    for drawn, order in zip(numbers.to(images.device, non_blocking=True), orders):  # of one view
         grid = F.affine_grid(drawn[:, :6].unflatten(1, (2, 3)), images.shape, align_corners=False)
         view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
         *factors, colour, sigma = drawn[:, 6:, None, None, None].unbind(1)

@@ -93,13 +93,13 @@ for method in d-simclr mma simclr-rgb; do
   else queue python pretrain.py "${options[@]}"; fi
 done
 run_jobs
-for method in d-simclr mma simclr-rgb; do python tests/show.py "$out/runs/$method" "$out/runs/$method.png"; done
 
 evaluate=(--data "$dfc2020" --results "$out/results" --seeds "$seeds")
 for method in d-simclr mma simclr-rgb; do
   probed=(python linear_eval.py "${evaluate[@]}" "${probe[@]}" --task single multi)
   queue "${probed[@]}" --checkpoint "$out/runs/$method/last.pt"
   queue "${probed[@]}" --baseline random --method "$method" "${scale[@]}"
+  [ -e "$out/runs/$method.png" ] || queue python tests/show.py "$out/runs/$method" "$out/runs/$method.png"
 done
 queue "${probed[@]}" --baseline bands "${scale[@]}"
 for method in d-simclr mma; do

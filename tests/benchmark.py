@@ -417,7 +417,7 @@ def probes():
     encoders = models.make_encoders("d-simclr", {"s1": models.S1_BANDS, "s2": models.S2_BANDS}).eval()
     s1, s2 = torch.rand(8, 2, 128, 128), torch.rand(8, 13, 128, 128)
     with torch.no_grad():
-        forward = seconds(lambda: models.features(encoders, s1, s2)) / 8 * 986 * 200
+        forward = seconds(lambda: models.joined_features(encoders, s1, s2)) / 8 * 986 * 200
     rows.append(["all", "both", f"{total:.1f}", "", ""])
     table("Linear probes, 986 x 4 training crops, 1024 features, five seeds each",
           ["labels", "task", "wall s", "CPU s", "average"], rows)

@@ -1,8 +1,8 @@
 """Pictures to look at: pairs of a store, how a pretraining went, a map.
 
-    python tests/show.py STORE OUT.png                    # eight pairs side by side, with their classes
-    python tests/show.py runs/d-simclr OUT.png            # loss and held-out retrieval over epochs
-    python tests/show.py MAP.tif OUT.png --scene S2.tif   # what finetune.py --map made of a scene
+    python tests/show.py STORE OUT.png                   # pairs side by side, with their classes
+    python tests/show.py runs/d-simclr OUT.png           # loss and held-out retrieval over epochs
+    python tests/show.py MAP.tif OUT.png --scene S2.tif  # what finetune.py --map made of a scene
 """
 import argparse
 import json
@@ -61,49 +61,56 @@ def draw_run(folder):
 def small(raster):
     """-> all bands of a raster, at most some 1,500 px a side."""
     shrink = max(1, *(side / 1500 for side in raster.shape))
-    return raster.read(out_shape=(raster.count, *(math.ceil(side / shrink) for side in raster.shape)))
+    height, width = (math.ceil(side / shrink) for side in raster.shape)
+    return raster.read(out_shape=(raster.count, height, width))
 
 
-def draw_scene(axis, path):
-    """Sentinel-2 in colours, or Sentinel-1, which holds floating-point numbers, in grey."""
+def draw_scene(axis, path, s2_offset):
+    """Sentinel-2 in colours, or Sentinel-1, which is below 0 somewhere, in grey."""
     with rasterio.open(path) as raster:
-        image, radar = np.nan_to_num(small(raster)), raster.dtypes[0].startswith("float")
+        image, bands = np.nan_to_num(small(raster)), list(raster.descriptions)
         known = {len(names): names for names in (data.S1_BANDS, data.L2A_BANDS, data.S2_BANDS)}
-        bands = list(raster.descriptions)
         if None in bands:
             bands = known.get(raster.count, [f"band {number}" for number in raster.indexes])
-        if radar:
-            axis.imshow(image[0], "gray", vmin=-25, vmax=0)  # dB
-            return axis.set_title(f"{bands[0]} of Sentinel-1")
-        picture, colours = data.composite(image - float(finetune.offset_of({"s2": (raster, bands)})), bands)
+    if (image < 0).any():
+        axis.imshow(image[0], "gray", vmin=-25, vmax=0)  # dB
+        return axis.set_title(f"{bands[0]} of Sentinel-1")
+    picture, colours = data.composite(image - s2_offset, bands)
     axis.imshow(picture)
     return axis.set_title(f"Sentinel-2, {colours}")
 
 
 def draw_map(path, scene):
-    """-> figure of a map with its legend, of several labels the most probable one; beside it the scene."""
+    """-> figure of a map with its legend, of several labels the most probable one; beside it the
+    scene, if it is given."""
     with rasterio.open(path) as tif:
         values, tags = small(tif), tif.tags()
     if "class_1" not in tags:
         raise data.DataError(f"{path}: not a map of finetune.py --map")
-    names = [tags[f"class_{number}"] for number in range(sum(key.startswith("class_") for key in tags))]
-    classes = np.where(values[0] == 255, 255, values.argmax(0)) if len(values) > 1 else values[0]
+    count = sum(key.startswith("class_") for key in tags)
+    names = [tags[f"class_{number}"] for number in range(count)]
+    classes = values[0]
+    if len(values) > 1:
+        classes = np.where(classes == 255, 255, values.argmax(0))
     figure = Figure((11, 5) if scene else (6, 5), layout="constrained")
-    *left, right = figure.subplots(1, 1 + bool(scene), squeeze=False, subplot_kw={"xticks": [], "yticks": []})[0]
+    plain = {"xticks": [], "yticks": []}
+    *left, right = figure.subplots(1, 1 + bool(scene), squeeze=False, subplot_kw=plain)[0]
     for axis in left:
-        draw_scene(axis, scene)
-    colours = ListedColormap([f"#{colour}" for colour in finetune.COLOURS * len(names)][:len(names)])
-    drawn = right.imshow(np.ma.masked_equal(classes, 255), colours, vmin=-0.5, vmax=len(names) - 0.5,
-                         interpolation="nearest")
+        draw_scene(axis, scene, float(tags["s2_offset"]))
+    colours = [f"#{colour}" for colour in finetune.COLOURS * len(names)]
+    colours = ListedColormap(colours[:len(names)])
+    drawn = right.imshow(np.ma.masked_equal(classes, 255), colours, vmin=-0.5,
+                         vmax=len(names) - 0.5, interpolation="nearest")
     figure.colorbar(drawn, ticks=range(len(names))).set_ticklabels(names)
-    right.set_title("SIMULATED data" * (tags["simulated"] == "True"))
+    simulated = "SIMULATED data " * (tags["simulated"] == "True")
+    right.set_title(simulated + models.METHODS[tags["method"]]["title"])
     return figure
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", type=Path, help="a store, --out of pretrain.py, or --map of finetune.py")
+    parser.add_argument("what", type=Path, help="a store, a run of pretrain.py, or a map")
     parser.add_argument("out", help="PNG to write")
     parser.add_argument("--scene", help="GeoTIFF to draw beside a map")
     args = parser.parse_args()

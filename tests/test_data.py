@@ -781,6 +781,19 @@ def test_wrong_input_is_one_line_and_exit_status_2(tmp_path, rng, monkeypatch, c
     assert "no pairs" in refused(monkeypatch, capsys, "pack", store, tmp_path / "other")
 
 
+def test_wrong_input_of_pictures_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "no.tif").write_bytes(b"no")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").touch()
+    for words, what in (("not a whole store", tmp_path), ("no.tif", tmp_path / "no.tif"), ("last.pt", tmp_path / "run")):
+        with pytest.raises(SystemExit) as ended:
+            data.run(lambda what=what: call(monkeypatch, show, what, tmp_path / "out.png"),
+                     models.CheckpointError, rasterio.errors.RasterioError)
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and words in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "out.png").exists()
+
+
 def test_as_a_process(tmp_path, rng):
     write_tree(tmp_path / "t", rng, 3, layout="plain")
     done = user("data.py", "pack", tmp_path / "t", tmp_path / "store", "--threads", 2)

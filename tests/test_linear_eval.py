@@ -477,7 +477,7 @@ def test_embeddings_do_not_depend_on_batches_and_threads(tmp_path, labelled, che
     encoders, scaling = models.load_encoders(checkpoint)
     s1, s2 = crops_of(patches, 5, (0, 0, 8, 8), (0, 8, 0, 8))  # of 32 px, that cover 40
     with torch.no_grad():
-        expected = models.features(encoders, *models.to_input(s1, s2, **scaling)).mean(0)
+        expected = models.joined_features(encoders, *models.to_input(s1, s2, **scaling)).mean(0)
     np.testing.assert_allclose(np.concatenate((one["s1"][5], one["s2"][5])), expected, rtol=0, atol=1e-5)
 
 
@@ -492,6 +492,9 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, 
         for key, value in heads[number].state_dict().items():
             weights[f"backbone{number}.fc.{key}"] = value
     torch.save({"state_dict": weights}, tmp_path / "released.pth")
+    one = {key: value for key, value in weights.items() if "backbone1.fc" not in key}
+    for number, some in enumerate((one, {key: value for key, value in one.items() if ".fc." not in key})):
+        torch.save({"state_dict": some}, tmp_path / f"headless{number}.pth")
     found = embeddings(monkeypatch, tmp_path / "released.pth", labelled, tmp_path / "out.npz",
                        "--crop", 32)
     patches = data.Patches(labelled)
@@ -508,6 +511,14 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, 
          "--crop", 32, "--precision", "float32", "--retrieve", tmp_path / "out.png")
     expected = models.retrieval(a @ b.T)["median"]
     assert f"median rank {expected:g}\n" in capsys.readouterr().out
+    with torch.no_grad():  # with one head or none the features are compared
+        a, b = models.to_input(*map(torch.cat, zip(*centres)), "patch-max")
+        a, b = F.normalize(nets["1"](a)), F.normalize(nets["2"](b))
+    expected = models.retrieval(a @ b.T)["median"]
+    for number in range(2):
+        call(monkeypatch, linear_eval, "--checkpoint", tmp_path / f"headless{number}.pth", "--data", labelled,
+             "--crop", 32, "--precision", "float32", "--retrieve", tmp_path / "out.png")
+        assert f"median rank {expected:g}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["d-simclr", "mma"])

@@ -189,7 +189,9 @@ def test_picture_of_a_map(task, classes, scene, tmp_path, monkeypatch):
     expected = np.where(values[0] == 255, 255, values.argmax(0)) if task == "multi" else values[0]
     assert (right.images[0].get_array().filled(255) == expected).all()
     assert [text.get_text() for text in legend.get_yticklabels()] == list(classes)
-    assert right.get_title() == "SIMULATED data" and len(left) == bool(scene)
+    assert right.get_title() == "SIMULATED data LateFusion" and len(left) == bool(scene)
+    assert [axis.get_title() for axis in left] == {"S2.tif": ["Sentinel-2, true colour"],
+                                                   "S1.tif": ["VV of Sentinel-1"]}.get(scene, [])
     if task == "single":  # the picture has the colours of the file
         with rasterio.open(tmp_path / "map.tif") as tif:
             table = [tif.colormap(1)[number] for number in range(len(classes))]
@@ -427,7 +429,7 @@ def test_exported_classifier(tmp_path):
     models.export(tmp_path / "c.pt", tmp_path / "out")
     card = json.loads((tmp_path / "out/card.json").read_text())
     assert (card["classes"], card["task"], card["crop"]) == (data.CLASSES, "multi", 32)
-    assert card["bands"] == {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
+    assert card["inputs"] == {"s1+s2": data.S1_BANDS + data.S2_BANDS} and card["network"] == "resnet18"
     fc = torch.load(tmp_path / "out/fc.pt", weights_only=True)
     model, _, _ = models.load_classifier(tmp_path / "c.pt")
     assert torch.equal(fc["weight"], model.fc.weight)

@@ -146,12 +146,12 @@ def test_encoders_of_every_method(method, names, shape):
     outputs = [encoder(inputs[name]) for name, encoder in encoders.items()]
     assert list(encoders) == names and {tuple(x.shape) for x in outputs} == {shape}
     expected = torch.cat([x.flatten(2).mean(2) if method == "mma" else x for x in outputs], 1)
-    assert torch.allclose(models.features(encoders, s1, s2), expected, atol=1e-6)
+    assert torch.allclose(models.joined_features(encoders, s1, s2), expected, atol=1e-6)
     assert models.Classifier(encoders)(s1, s2).shape == (2, 8)
 
 
 def test_stacked_bands_are_s1_then_s2():
-    stacked = models.features({"s1+s2": nn.Identity()}, torch.zeros(1, 2, 1, 1), torch.ones(1, 3, 1, 1))
+    stacked = models.joined_features({"s1+s2": nn.Identity()}, torch.zeros(1, 2, 1, 1), torch.ones(1, 3, 1, 1))
     assert stacked.flatten().tolist() == [0, 0, 1, 1, 1]
 
 
@@ -197,6 +197,7 @@ def test_a_checkpoint_names_the_classes_and_an_older_one_means_the_eight(tmp_pat
     write(tmp_path / "older.pt")
     write(tmp_path / "last.pt", classes=["dry", "flooded"])
     assert models.load_checkpoint(tmp_path / "older.pt")["classes"] == models.CLASSES == list(data.CLASSES)
+    assert models.IGNORE == data.IGNORE
     assert models.load_checkpoint(tmp_path / "last.pt")["classes"] == ["dry", "flooded"]
     encoders, _ = models.load_encoders(tmp_path / "last.pt")
     inputs = torch.rand(3, 2, 32, 32), torch.rand(3, 13, 32, 32)
@@ -371,7 +372,8 @@ def test_exported_weights_load_in_timm(exported):
 def test_the_card_says_what_a_user_must_know(exported):
     folder, _ = exported
     card = json.loads((folder / "out/card.json").read_text())
-    assert card["bands"]["s2"] == models.S2_BANDS and card["arch"] == "resnet18" and card["units"]["s1"] == "sigma nought in dB"
+    assert card["inputs"] == {"s1": models.S1_BANDS, "s2": models.S2_BANDS} and card["network"] == "resnet18"
+    assert card["units"]["s1"] == "sigma nought in dB" and "file" not in card
     assert card["scale"] == "standard" and "mean" in card["scaling"] and card["stats"] == STATS
     assert (card["method"], card["epoch"], card["retrieval"]) == ("d-simclr", 7, {"candidates": 9})
     assert card["data"] == {"path": "datasets/sen12ms", "pairs": 80} and card["classes"] == ["dry", "flooded"]
@@ -385,7 +387,7 @@ def test_export_from_the_command_line(tmp_path, monkeypatch, capsys):
     models.main()
     assert "card.json, s1 s2" in capsys.readouterr().out
     card = json.loads((tmp_path / "out/card.json").read_text())
-    assert "simulated" in card["licence"] and card["method"] == "mma" and "encoders" not in card
+    assert "simulated" in card["licence"] and card["network"] == "models.VGG" and "encoders" not in card
     models.VGG(13).load_state_dict(torch.load(tmp_path / "out/s2.pt", weights_only=True))
     monkeypatch.setattr(sys, "argv", ["models.py", "export", str(tmp_path / "none.pt"), str(tmp_path / "out")])
     with pytest.raises(SystemExit, match="2"):

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import rasterio
+import show
 import torch
 import torch.distributed as dist
 from conftest import BACKGROUND, CONTEXT, ROOT, folder, simulated
@@ -367,6 +368,16 @@ def test_views_do_not_depend_on_the_processes_and_every_sample_has_its_own():
 def test_the_same_command_gives_the_same_bits(reference):
     begun("again").result()  # whatever the number of threads
     assert_same_run(folder() / "again", reference)
+
+
+def test_picture_of_a_run(reference):
+    lines = [json.loads(line) for line in (reference / "log.jsonl").read_text().splitlines()]
+    left, right = show.draw_run(reference).axes
+    assert left.lines[0].get_ydata().tolist() == [line["loss"] for line in lines if "loss" in line]
+    found = [line["retrieval"] for line in lines if "retrieval" in line]
+    for line in right.lines:
+        assert line.get_ydata().tolist() == [retrieval[line.get_label()]["top1"] for retrieval in found]
+    assert len(right.lines) == (2 if found else 0)
 
 
 def test_a_finished_run_is_left_as_it_is(store, reference, tmp_path):
