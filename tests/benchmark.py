@@ -472,7 +472,7 @@ def maps(side=2240, crop=128, tile=10_980):
                 return model(*inputs).sum().item()
 
         sys.argv, walls = list(map(str, map_command(folder))), []
-        for length in (4 * crop, side):  # what both take is the start and the picture
+        for length in (4 * crop, side):  # what both take is the start
             write_scene(folder, length, length, np.random.default_rng(0))
             before, start = seconds(bare, 3), time.perf_counter()
             finetune.main()
@@ -492,7 +492,7 @@ def maps(side=2240, crop=128, tile=10_980):
             ("bare forward pass", f"{rate:.1f} windows/s"),
             ("map, beyond its start", f"{mapped:.1f} windows/s, {mapped * (crop // 2) ** 2:,.0f} px/s"),
             ("ratio (0.9)", f"{mapped / rate:.2f}"),
-            ("start and picture", f"{walls[0] - few / mapped:.1f} s"),
+            ("start", f"{walls[0] - few / mapped:.1f} s"),
             (f"a tile of {tile:,} x {tile:,} px ({whole:,} windows), at this rate", f"{whole / mapped / 60:.1f} min"),
             ("the same by count on a GPU at 40 TFLOP/s", f"{work / 40e12:.1f} s ({work:.2g} FLOP) if the file is read as fast"),
             (f"memory of a whole (empty) tile, --step {crop}, {took:.0f} s; beyond a scene of one batch (2,048 MB)",
