@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "EMPTY_DIR")  # else a listing per file
+os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB, else a twentieth of the machine's memory
 logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # a bad file is reported once, by us
 
 S1_BANDS = ["VV", "VH"]
@@ -473,8 +474,7 @@ def check(patches):
     for band in zip(bands, *numbers):
         print("{:<6}{:>10.2f}{:>10.2f}{:>10.2f}".format(*band))
     print(f"S2 offset subtracted (baseline 04.00 and later): {patches.s2_offsets}")
-    print("left out:", len(patches.left_out))
-    print(*map(": ".join, patches.left_out.items()), sep="\n")
+    print(f"left out: {len(patches.left_out)}", *map(": ".join, patches.left_out.items()), sep="\n")
 
 
 def main():
