@@ -37,6 +37,7 @@ TRIALS = {
     "poster+constant": {"constant_epochs": 10 ** 6},  # the rate stays as it is
     "poster+temp0.2": {"temperature": 0.2},
     "poster+bnbn": {"bnbn": True},  # batch norm after both layers of the heads
+    "poster+lars0.6": {"lars": True, "lr": 0.6, "warmup": 20},
     "clip": CLIP,
     "clip+constant": CLIP | {"constant_epochs": 10 ** 6},
     "clip+shift": CLIP | {"shift": 8},  # px at most, between the crops of the two sensors
