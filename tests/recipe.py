@@ -5,6 +5,7 @@
     python data.py pack trees/R10/flood folds/R10/flood          # for clip+dates alone
     python tests/recipe.py clip+noise --fold folds/R10 --seed 0  # a line of trials.jsonl
     python tests/recipe.py --table                               # all of them, in Markdown
+    python tests/recipe.py clip --fold folds/R10 --save DIR      # a checkpoint, for linear_eval.py
 
 Every trial is 200 steps on crops of 48 px, of D-SimCLR unless the name says MMA (of which 100 are
 enough: --steps), unless it says otherwise in batches of 64 by Adam, learning rate 3e-4 for ten
@@ -190,8 +191,8 @@ def judge(model, patches, rows, args, stats):
     return {key: float(np.mean([way[key] for way in found])) for key in ("top1", "top5")}
 
 
-def run(trial, fold, seed, steps):
-    """One trial -> its line of the results."""
+def run(trial, fold, seed, steps, save=None):
+    """One trial -> its line of the results. save: folder for a checkpoint of it."""
     torch.set_num_threads(1)
     args = SimpleNamespace(**{**USUAL, **TRIALS[trial], "seed": seed})
     patches = data.Patches(fold / "pairs")
@@ -226,6 +227,11 @@ def run(trial, fold, seed, steps):
             judged.update_parameters(model)
         times.append(time.perf_counter() - start)
     found = judge(judged, patches, held, args, stats)
+    if save:
+        models.save_checkpoint(
+            save / f"{trial}_{fold.name}_{seed}.pt", getattr(judged, "module", judged), method=args.method,
+            arch=args.arch, bands=patches.bands, classes=patches.classes, scale="standard", stats=stats,
+            simulated=patches.simulated, args={"crop": args.crop})
     return {"trial": trial, "fold": fold.name, "seed": seed, "steps": steps, **found,
             "loss": loss.item(), "places": len(held), "step_s": float(np.median(times)),
             "memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20,
@@ -272,13 +278,14 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=data.positive, default=200)
     parser.add_argument("--results", type=Path, default="trials.jsonl", help="default %(default)s")
+    parser.add_argument("--save", type=Path, metavar="DIR")
     parser.add_argument("--table", action="store_true", help="print what is in --results")
     args = parser.parse_args()
     if args.table:
         return print_table([json.loads(line) for line in args.results.open()])
     if not (args.trial and args.fold):
         parser.error("give a trial and --fold, or --table")
-    line = json.dumps(run(args.trial, args.fold, args.seed, args.steps))
+    line = json.dumps(run(args.trial, args.fold, args.seed, args.steps, args.save))
     with args.results.open("a") as file:
         print(line, file=file)
     return print(line)

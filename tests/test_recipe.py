@@ -18,10 +18,12 @@ def test_trials(labelled, tmp_path, monkeypatch, capsys, trial):
     monkeypatch.setattr(recipe, "USUAL", recipe.USUAL | {"crop": 24, "batch_size": 8})
     monkeypatch.setitem(recipe.TRIALS, trial, {**recipe.TRIALS[trial], "batch_size": 8})
     threads = torch.get_num_threads()
-    line = recipe.run(trial, tmp_path, 0, 5)
+    line = recipe.run(trial, tmp_path, 0, 5, tmp_path)
     torch.set_num_threads(threads)
     assert line["places"] == 24 and 0 <= line["top1"] <= line["top5"] <= 1 and line["simulated"]
     assert math.isfinite(line["loss"]) and json.dumps(line)
+    encoders, scaling = models.load_encoders(tmp_path / f"{trial}_{tmp_path.name}_0.pt")
+    assert list(encoders) == ["s1", "s2"] and scaling["scale"] == "standard"
     usual = "mma" if trial.startswith("mma") else "poster"
     recipe.print_table([{**line, "trial": usual, "top1": 0.1, "top5": 0.2}, {**line, "top1": 0.2, "top5": 0.3}])
     table = capsys.readouterr().out
