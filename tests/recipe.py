@@ -58,6 +58,8 @@ TRIALS = {
     "clip+warmup": CLIP | {"warmup": 20},
     "clip+lars0.6": CLIP | {"lars": True, "lr": 0.6, "warmup": 20},
     "clip+lars5": CLIP | {"lars": True, "lr": 5.0, "warmup": 20},
+    "clip+adafactor": CLIP | {"adafactor": True, "lr": 1e-2, "warmup": 20},
+    "clip+adafactor3e-3": CLIP | {"adafactor": True, "lr": 3e-3, "warmup": 20},
     "vicreg": {"vicreg": True},  # in place of the loss
     "mma": {"method": "mma", "temperature": 0.1},
     "mma+shift": {"method": "mma", "temperature": 0.1, "map_shift": 1},  # locations of 8 px
@@ -65,6 +67,7 @@ TRIALS = {
 USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
     "across": False, "shift": 0, "later": 0, "drop": 0, "noise": 0, "barlow": 0, "ema": 0,
     "turned": 0, "learn_temperature": False, "bnbn": False, "warmup": 0, "lars": False,
+    "adafactor": False,
     "vicreg": False, "map_shift": 0,
     "method": "d-simclr", "arch": "resnet18", "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
     "adamw": False, "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
@@ -116,6 +119,8 @@ def make_model(args, bands):
         optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=args.weight_decay)
     if args.lars:
         optimizer = LARS(model.parameters(), args.lr, momentum=0.9)
+    if args.adafactor:  # torch's own, whose steps are in proportion to the weights, too
+        optimizer = torch.optim.Adafactor(model.parameters(), args.lr)
     if args.learn_temperature:  # its logarithm, as in CLIP, but at a constant rate of its own
         model.temperature = torch.nn.Parameter(torch.tensor(args.temperature).log())
         optimizer.add_param_group({"params": model.temperature, "lr": 1e-2, "weight_decay": 0})
