@@ -67,8 +67,7 @@ TRIALS = {
 USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
     "across": False, "shift": 0, "later": 0, "drop": 0, "noise": 0, "barlow": 0, "ema": 0,
     "turned": 0, "learn_temperature": False, "bnbn": False, "warmup": 0, "lars": False,
-    "adafactor": False,
-    "vicreg": False, "map_shift": 0,
+    "adafactor": False, "vicreg": False, "map_shift": 0,
     "method": "d-simclr", "arch": "resnet18", "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
     "adamw": False, "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
 DEVICE = torch.device("cpu")
