@@ -351,15 +351,12 @@ def windows(length, crop, step):
 def classify(model, scaling, images, corners, crop, args):
     """Windows of S1 and S2 (c, h, w) at corners (top, left) -> (N, classes) float32 logits."""
     images = [torch.from_numpy(image)[None].to(args.device) for image in images]
-    by_window, logits = scaling["scale"] == "patch-max", []
-    if not by_window:  # each pixel is scaled once, though several windows see it
-        images = models.to_input(*images, **scaling)
+    logits = []
     for batch in np.array_split(corners, math.ceil(len(corners) / args.batch_size)):
         crops = []
         for image in images:
             crops.append(torch.cat([image[..., y:y + crop, x:x + crop] for y, x in batch]))
-        if by_window:
-            crops = models.to_input(*crops, **scaling)
+        crops = models.to_input(*crops, **scaling)
         with models.autocast(args.precision, args.device):
             logits.append(model(*crops).float())
     return torch.cat(logits)

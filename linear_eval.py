@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 import data
 import models
-from data import IGNORE
 
 TITLES = {name: row["title"] for name, row in models.METHODS.items()}
 PENALTIES = 10.0 ** np.arange(1, -6, -1)
@@ -39,7 +38,7 @@ def single_scores(true, predicted, count=8):
     """Arrays (N,) of true classes, 255 for none, and predictions -> {"class": (count,) accuracy
     per class, NaN where it does not occur, "average": mean of the others, "overall": accuracy of
     all samples, "confusion": (count, count) samples, rows the true class}."""
-    known = true != IGNORE
+    known = true != data.IGNORE
     confusion = np.zeros((count, count), int)
     np.add.at(confusion, (true[known], predicted[known]), 1)
     right, total = confusion.diagonal(), confusion.sum(1)
@@ -76,7 +75,7 @@ def training_rows(labels, fraction, seed, sampling="patches"):
     `patches`: of each class the first round(fraction * n), at least one, of an order that only the
     seed decides, so that small fractions lie in large ones; `rows`: of the repeated list, as
     published."""
-    rng, rows = np.random.default_rng(seed), np.flatnonzero(labels != IGNORE)
+    rng, rows = np.random.default_rng(seed), np.flatnonzero(labels != data.IGNORE)
     if sampling == "rows":
         repeated = np.repeat(rows, repeats(labels[rows]))
         return np.sort(rng.permutation(repeated)[:max(1, round(fraction * len(repeated)))])
@@ -157,7 +156,7 @@ def extract(network, scaling, patches, rows, args, middle=False):
             crops["x"].append(network(*inputs).float())
         crops["row"].append(torch.from_numpy(row))
         if classes is not None:
-            single = F.one_hot(models.single_label(classes, count), IGNORE + 1)
+            single = F.one_hot(models.single_label(classes, count), data.IGNORE + 1)
             crops["single"].append(single[:, :count].float())
             crops["multi"].append(models.multi_label(classes, count=count))
     # The host waits for the device only here.
@@ -304,9 +303,8 @@ def embed(args, content):
     sensors = [name for name in content["encoders"] if args.sensors in ("both", name)]
     for sensor, embedding in zip(sensors, np.split(x, len(sensors), axis=1)):
         arrays |= {sensor: embedding, f"{sensor}_bands": models.bands_of(patches.bands, sensor)}
-    with open(f"{args.embed}.tmp", "wb") as file:
-        np.savez(file, **arrays)
-    Path(f"{args.embed}.tmp").replace(args.embed)
+    np.savez(f"{args.embed}.part.npz", **arrays)
+    Path(f"{args.embed}.part.npz").replace(args.embed)
     print(f"wrote {args.embed}: {len(x)} patches, {x.shape[1]} numbers of {' and '.join(sensors)}")
 
 
@@ -335,11 +333,8 @@ def retrieve(args, content):
     rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
     model, scaling = contrastive_model(content)
     model.to(args.device)
-
-    def network(s1, s2):
-        return torch.stack(model(s1, s2), 1)  # (N, 2, 128), or maps (N, 2, 256, h/8, w/8)
-
-    x = extract(network, scaling, patches, rows, args, middle=True)["x"]
+    x = extract(lambda s1, s2: torch.stack(model(s1, s2), 1), scaling, patches, rows, args,
+                middle=True)["x"]  # (N, 2, 128), or maps (N, 2, 256, h/8, w/8)
     similarity = model.similarity(*torch.from_numpy(x).unbind(1))
     found = models.retrieval(similarity)
     result = (f"{TITLES[args.method]}: {len(rows)} held-out candidates, top-1 {found['top1']:.0%}, "
@@ -433,7 +428,7 @@ def open_labelled(args, content):
     if patches.labels is None:
         raise data.DataError(f"{args.data}: no class maps: pack a tree that has them")
     train_rows, test_rows = patches.rows_of("validation"), patches.rows_of("test")
-    if not all((patches.labels[rows] != IGNORE).any() for rows in (train_rows, test_rows)):
+    if not all((patches.labels[rows] != data.IGNORE).any() for rows in (train_rows, test_rows)):
         raise data.DataError(
             f"{args.data}: needs labelled patches of the splits `validation` (trained on) and "
             f"`test`; it has {len(train_rows)} and {len(test_rows)}")

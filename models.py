@@ -414,9 +414,6 @@ def load_classifier(checkpoint):
     return model.eval().requires_grad_(False), scaling, content["classes"]
 
 
-LICENCE = "contains modified Copernicus Sentinel data, which must be named wherever it is used"
-
-
 def export(checkpoint, out):
     """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, of a classifier its last
     layer, OUT/fc.pt, and OUT/card.json: all that a user must know. -> the state_dicts."""
@@ -426,7 +423,8 @@ def export(checkpoint, out):
     if "fc" in content:
         weights["fc"] = content["fc"]
     card = {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12],
-            "licence": "of simulated data" if content["simulated"] else LICENCE,
+            "licence": "of simulated data" if content["simulated"] else
+            "contains modified Copernicus Sentinel data, which must be named wherever it is used",
             "units": {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"},
             "network": "models.VGG" if content["method"] == "mma" else content["arch"],
             "inputs": {name: bands_of(content["bands"], name) for name in encoders},

@@ -45,13 +45,13 @@ def arguments():
     add("--epochs", type=data.positive, default=200)
     add("--batch-size", type=data.positive, default=200, help="over all processes (default 200)")
     add("--crop", type=data.positive, default=128, help="side in px (default 128)")
-    add("--lr", type=float, default=3e-5)
+    add("--lr", type=float, help="default 3e-5; of recipe ours 1e-2, times a tensor's weights")
     add("--weight-decay", type=float, default=1e-4)
     add("--constant-epochs", type=int, default=10, help="before the cosine to zero (default 10)")
     add("--temperature", type=float, help="default 0.07, 0.1 for mma")
     add("--scale", default="patch-max", choices=models.SCALING, help="default patch-max")
     # What the published study does not have.
-    add("--recipe", default="poster", choices=("poster", "ours"), help="ours: fewer negatives")
+    add("--recipe", default="poster", choices=("poster", "ours"), help="ours: finds more")
     add("--bands", nargs="+", metavar="BAND", help="default all; B4 B3 B2 for simclr-rgb")
     add("--seed", type=int, default=0)
     add("--holdout", type=float, default=0.02, help="share of scenes, where no split is `test`")
@@ -68,6 +68,8 @@ def arguments():
     args.out = Path(args.out or f"runs/{args.method}")
     if args.temperature is None:
         args.temperature = 0.1 if args.method == "mma" else 0.07
+    if args.lr is None:
+        args.lr = 1e-2 if args.recipe == "ours" else 3e-5
     if not (args.temperature > 0 and 0 <= args.holdout < 1 and args.lr >= 0 and args.seed >= 0):
         parser.error("--temperature is above 0, --holdout below 1, --lr and --seed not negative")
     return args
@@ -268,8 +270,14 @@ def make_model(args, bands, device, world):
     if world > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
         network.broadcast_buffers = False  # as an argument it is deprecated from torch 2.14 on
+    groups, betas = [{"params": model.parameters()}], (0.9, 0.999)
+    if args.recipe == "ours":  # steps in proportion to a tensor's weights, as Adafactor's
+        groups, betas = [], (0.0, 0.99)
+        for weights in model.parameters():
+            size = weights.detach().square().mean().sqrt().clamp(1e-3).item()
+            groups.append({"params": [weights], "size": size})
     optimizer = torch.optim.Adam(
-        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+        groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
     return model, network, optimizer
 
 
@@ -342,7 +350,9 @@ def train(args):
         before = moment(device)
         s1, s2, *_ = next(feed)
         waits.append((before, moment(device)))
-        rate = optimizer.param_groups[0]["lr"] = learning_rate(step - 1, epoch_steps, args)
+        rate = learning_rate(step - 1, epoch_steps, args)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get("size", 1)
         inputs = network_inputs(s1, s2, args, stats, step, rank)
         micro = args.micro_batch or len(s1)
         loss, a, b = forward_backward(network, cast, loss_of, *inputs, micro, rank, world)

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -244,16 +245,16 @@ def peak_of(function, device):
     return (int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before) * 1024
 
 
-def bare_step(device, batch, precision, layout, compiled=False, micro=None, across=False):
+def bare_step(device, batch, precision, layout, compiled=False, micro=None, recipe="poster"):
     """-> function that makes one D-SimCLR step at 128 px on a batch in memory, and the model."""
-    model = models.Contrastive("d-simclr", {"s1": models.S1_BANDS, "s2": models.S2_BANDS})
-    model = model.to(device, memory_format=layout)
-    network = torch.compile(model) if compiled else model
-    optimizer = torch.optim.Adam(model.parameters(), 3e-5, weight_decay=1e-4, fused=True)
-    inputs = [torch.rand(batch, bands, 128, 128, device=device).to(memory_format=layout)
-              for bands in (2, 13)]
+    args = SimpleNamespace(method="d-simclr", arch="resnet18", recipe=recipe, compile=compiled, seed=0,
+                           lr=3e-5, weight_decay=1e-4)
+    bands = {"s1": models.S1_BANDS, "s2": models.S2_BANDS}
+    model, network, optimizer = pretrain.make_model(args, bands, device, world=1)
+    model.to(memory_format=layout)
+    inputs = [torch.rand(batch, count, 128, 128, device=device).to(memory_format=layout) for count in (2, 13)]
     cast = models.autocast(precision, device)
-    loss_of = functools.partial(model.loss, temperature=0.07, across=across)
+    loss_of = functools.partial(model.loss, temperature=0.07, across=recipe == "ours")
 
     def step():
         if micro:
@@ -368,7 +369,7 @@ def training():
 
     batch, rows, whole = 4 * batches[0], [], None
     for recipe in ("poster", "ours"):
-        step, _ = bare_step(device, batch, "auto", torch.channels_last, across=recipe == "ours")
+        step, _ = bare_step(device, batch, "auto", torch.channels_last, recipe=recipe)
         rows.append((recipe, f"{batch / seconds(step, 3):.3g}", f"{peak_of(step, device) / 1e6:.4g} MB"))
     table(f"--recipe, batch {batch}", ("", "pairs/s", "memory of a step"), rows)
 

@@ -271,7 +271,33 @@ def test_our_recipe_has_other_negatives_and_is_another_run(store, tmp_path):
     assert abs(loss - math.log(24)) < 0.6  # one of so many candidates; with NT-Xent it begins above 7
     assert content["args"]["recipe"] == "ours"
     code, text = finish(start(base, tmp_path / "ours"))
-    assert code == 2 and "made with other settings ({'recipe': 'ours'})" in text
+    assert code == 2 and "made with other settings ({'lr': 0.01, 'recipe': 'ours'})" in text
+
+
+def signal_after_step_1(original=pretrain.learning_rate):
+    def learning_rate(step, *more):
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(step, *more)
+    pretrain.learning_rate = learning_rate
+
+
+def test_our_recipe_steps_in_proportion_to_the_weights_and_goes_on_in_the_same_bits(store, tmp_path):
+    argv = ["--recipe", "ours", "--data", store, "--epochs", 2, "--batch-size", 24, "--crop", 24, "--log-every", 1]
+    assert finish(start(argv, tmp_path / "stopped", trouble=signal_after_step_1))[0] == 143
+    content, log = contents(tmp_path / "stopped")
+    assert content["step"] == 1 and log[-1]["lr"] == 0.01
+    torch.manual_seed(0)
+    model = models.Contrastive("d-simclr", content["bands"])
+    for kind in ("encoders", "heads"):
+        for name, before in getattr(model, kind).named_parameters():
+            sensor, _, name = name.partition(".")
+            step = (content[kind][sensor][name] - before).abs().max().item()
+            size = before.square().mean().sqrt().item()  # Adam's first step is the rate, whatever the gradient
+            assert step == pytest.approx(0.01 * max(size, 1e-3), rel=1e-2), name
+    run(argv, tmp_path / "stopped")
+    run(argv, tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
 
 
 # ---------------------------------------------------------------------------------------------- SimCLR's views
@@ -587,11 +613,13 @@ def gradients_in_a_process(environment, cases, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    args = SimpleNamespace(method="d-simclr", arch="resnet18", seed=rank, compile=False, lr=1, weight_decay=0)
-    model, network, _ = pretrain.make_model(args, {"s1": ["VV"], "s2": models.RGB}, torch.device("cpu"), world)
+    args = SimpleNamespace(method="d-simclr", arch="resnet18", recipe="ours", seed=rank, compile=False, lr=1, weight_decay=0)
+    model, network, optimizer = pretrain.make_model(args, {"s1": ["VV"], "s2": models.RGB}, torch.device("cpu"), world)
     assert network.module is model and not network.will_sync_module_buffers()  # not in every forward
     first = model.encoders["s1"].conv1.weight
     assert torch.equal(*pretrain.gather(first.detach()[None], world)[[0, -1]])  # all begin with one's weights
+    sizes = torch.tensor([group["size"] for group in optimizer.param_groups])
+    assert torch.equal(*pretrain.gather(sizes[None], world)[[0, -1]])  # and with one's rates
     for k, (method, *more) in enumerate(cases):
         loss, z1, grad, weights = gradients(method, rank, world, *more)
         everyone = [None] * world
