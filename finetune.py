@@ -313,8 +313,7 @@ def offset_of(scene):
     if "B10" in names:
         cirrus = raster.read(names.index("B10") + 1, masked=True).filled(0)
         if cirrus.any() and cirrus[cirrus > 0].min() >= 1000:
-            print(f"{raster.name}: B10 is never below 1,000, so of processing baseline 04.00 or "
-                  "later: 1,000 is subtracted (--s2-offset 0 switches that off)")
+            print(f"{raster.name}: B10 is never below 1,000, which is subtracted: see --s2-offset")
             return 1000
     return 0
 
@@ -351,12 +350,15 @@ def windows(length, crop, step):
 def classify(model, scaling, images, corners, crop, args):
     """Windows of S1 and S2 (c, h, w) at corners (top, left) -> (N, classes) float32 logits."""
     images = [torch.from_numpy(image)[None].to(args.device) for image in images]
-    logits = []
+    by_window, logits = scaling["scale"] == "patch-max", []
+    if not by_window:  # each pixel is scaled once, though several windows see it
+        images = models.to_input(*images, **scaling)
     for batch in np.array_split(corners, math.ceil(len(corners) / args.batch_size)):
         crops = []
         for image in images:
             crops.append(torch.cat([image[..., y:y + crop, x:x + crop] for y, x in batch]))
-        crops = models.to_input(*crops, **scaling)
+        if by_window:
+            crops = models.to_input(*crops, **scaling)
         with models.autocast(args.precision, args.device):
             logits.append(model(*crops).float())
     return torch.cat(logits)

@@ -175,8 +175,7 @@ class Contrastive(nn.Module):
         self.heads = nn.ModuleDict()
         for name, encoder in self.encoders.items() if width and method != "mma" else ():
             d = encoder.features
-            layers = nn.Linear(d, d), nn.ReLU(inplace=True), nn.Linear(d, width)
-            self.heads[name] = nn.Sequential(*layers)
+            self.heads[name] = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, width))
 
     def forward(self, a, b):
         if self.method == "simclr-rgb":  # one pass, so that batch norm sees both views together
@@ -378,8 +377,7 @@ def refuse_unknown(path, content):
     for sensor, bands in content["bands"].items() if content["scale"] == "standard" else ():
         stats = (content["stats"] or {}).get(sensor, {})
         if not len(stats.get("mean", ())) == len(stats.get("std", ())) == len(bands):
-            raise CheckpointError(
-                f"{path}: scale `standard` without mean and std of every band of {sensor}")
+            raise CheckpointError(f"{path}: `standard` without mean and std of every {sensor} band")
 
 
 def load_encoders(checkpoint):
