@@ -51,7 +51,7 @@ def arguments():
     add("--temperature", type=float, help="default 0.07, 0.1 for mma")
     add("--scale", default="patch-max", choices=models.SCALING, help="default patch-max")
     # What the published study does not have.
-    add("--recipe", default="poster", choices=("poster", "ours"), help="ours: other negatives, other rates")
+    add("--recipe", default="poster", choices=("poster", "ours"), help="ours: see tests/recipe.md")
     add("--bands", nargs="+", metavar="BAND", help="default all; B4 B3 B2 for simclr-rgb")
     add("--seed", type=int, default=0)
     add("--holdout", type=float, default=0.02, help="share of scenes, where no split is `test`")
