@@ -303,8 +303,9 @@ def embed(args, content):
     sensors = [name for name in content["encoders"] if args.sensors in ("both", name)]
     for sensor, embedding in zip(sensors, np.split(x, len(sensors), axis=1)):
         arrays |= {sensor: embedding, f"{sensor}_bands": models.bands_of(patches.bands, sensor)}
-    np.savez(f"{args.embed}.part.npz", **arrays)
-    Path(f"{args.embed}.part.npz").replace(args.embed)
+    with open(f"{args.embed}.tmp", "wb") as file:
+        np.savez(file, **arrays)
+    Path(f"{args.embed}.tmp").replace(args.embed)
     print(f"wrote {args.embed}: {len(x)} patches, {x.shape[1]} numbers of {' and '.join(sensors)}")
 
 

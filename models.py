@@ -377,7 +377,7 @@ def refuse_unknown(path, content):
     for sensor, bands in content["bands"].items() if content["scale"] == "standard" else ():
         stats = (content["stats"] or {}).get(sensor, {})
         if not len(stats.get("mean", ())) == len(stats.get("std", ())) == len(bands):
-            raise CheckpointError(f"{path}: `standard` without mean and std of every {sensor} band")
+            raise CheckpointError(f"{path}: scale `standard` lacks mean or std of {sensor} bands")
 
 
 def load_encoders(checkpoint):

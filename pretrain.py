@@ -45,13 +45,13 @@ def arguments():
     add("--epochs", type=data.positive, default=200)
     add("--batch-size", type=data.positive, default=200, help="over all processes (default 200)")
     add("--crop", type=data.positive, default=128, help="side in px (default 128)")
-    add("--lr", type=float, help="default 3e-5; of recipe ours 1e-2, times a tensor's weights")
+    add("--lr", type=float, default=3e-5)
     add("--weight-decay", type=float, default=1e-4)
     add("--constant-epochs", type=int, default=10, help="before the cosine to zero (default 10)")
     add("--temperature", type=float, help="default 0.07, 0.1 for mma")
     add("--scale", default="patch-max", choices=models.SCALING, help="default patch-max")
     # What the published study does not have.
-    add("--recipe", default="poster", choices=("poster", "ours"), help="ours: see tests/recipe.md")
+    add("--recipe", default="poster", choices=("poster", "ours"), help="ours: finds more places")
     add("--bands", nargs="+", metavar="BAND", help="default all; B4 B3 B2 for simclr-rgb")
     add("--seed", type=int, default=0)
     add("--holdout", type=float, default=0.02, help="share of scenes, where no split is `test`")
@@ -68,8 +68,6 @@ def arguments():
     args.out = Path(args.out or f"runs/{args.method}")
     if args.temperature is None:
         args.temperature = 0.1 if args.method == "mma" else 0.07
-    if args.lr is None:
-        args.lr = 1e-2 if args.recipe == "ours" else 3e-5
     if not (args.temperature > 0 and 0 <= args.holdout < 1 and args.lr >= 0 and args.seed >= 0):
         parser.error("--temperature is above 0, --holdout below 1, --lr and --seed not negative")
     return args
@@ -271,11 +269,11 @@ def make_model(args, bands, device, world):
         network = torch.nn.parallel.DistributedDataParallel(network)
         network.broadcast_buffers = False  # as an argument it is deprecated from torch 2.14 on
     groups, betas = [{"params": model.parameters()}], (0.9, 0.999)
-    if args.recipe == "ours":  # steps in proportion to a tensor's weights, as Adafactor's
+    if args.recipe == "ours":  # a rate for each tensor, by its first weights, and no momentum
         groups, betas = [], (0.0, 0.99)
         for weights in model.parameters():
-            size = weights.detach().square().mean().sqrt().clamp(1e-3).item()
-            groups.append({"params": [weights], "size": size})
+            rms = max(1e-3, weights.detach().square().mean().sqrt().item())
+            groups.append({"params": [weights], "factor": rms / 0.03})  # 1: 3x3 of 250 channels
     optimizer = torch.optim.Adam(
         groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
     return model, network, optimizer
@@ -321,7 +319,8 @@ def train(args):
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings |= {"precision": models.resolve_precision(args.precision, device),
                  "bands": patches.bands["s1"] + patches.bands["s2"], "data": patches.identity,
-                 "processes": world if device.type == "cpu" else None}  # each its own batch norm
+                 "processes": world if device.type == "cpu" else None,  # each its own batch norm
+                 "rates": "of each tensor" if args.recipe == "ours" else None}  # once they were not
     model, network, optimizer = make_model(args, patches.bands, device, world)
     cast = models.autocast(args.precision, device)
     loss_of = partial(model.loss, temperature=args.temperature, across=args.recipe == "ours")
@@ -352,7 +351,7 @@ def train(args):
         waits.append((before, moment(device)))
         rate = learning_rate(step - 1, epoch_steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("size", 1)
+            group["lr"] = rate * group.get("factor", 1)
         inputs = network_inputs(s1, s2, args, stats, step, rank)
         micro = args.micro_batch or len(s1)
         loss, a, b = forward_backward(network, cast, loss_of, *inputs, micro, rank, world)

@@ -33,15 +33,15 @@ import models
 import pretrain
 
 CLIP = {"across": True}  # negatives of the other sensor alone
-OURS = CLIP | {"recipe": "ours", "lr": 1e-2}  # and its optimiser
-TRACKED = OURS | {"tracked": True}  # steps in proportion to what the weights are by then
+OURS = CLIP | {"recipe": "ours"}  # and its rates
+TRACKED = OURS | {"tracked": True}  # rates in proportion to what the weights are by then
 TRIALS = {
     "poster": {},
     "poster+constant": {"constant_epochs": 10 ** 6},  # the rate stays as it is
     "poster+temp0.2": {"temperature": 0.2},
     "poster+bnbn": {"bnbn": True},  # batch norm after both layers of the heads
     "poster+lars0.6": {"lars": True, "lr": 0.6, "warmup": 20},
-    "poster+relative": {"recipe": "ours", "lr": 1e-2},
+    "poster+rates": {"recipe": "ours"},
     "clip": CLIP,
     "clip+constant": CLIP | {"constant_epochs": 10 ** 6},
     "clip+shift": CLIP | {"shift": 8},  # px at most, between the crops of the two sensors
@@ -62,29 +62,29 @@ TRIALS = {
     "clip+lars0.6": CLIP | {"lars": True, "lr": 0.6, "warmup": 20},
     "clip+lars5": CLIP | {"lars": True, "lr": 5.0, "warmup": 20},
     "clip+adafactor": CLIP | {"adafactor": True, "lr": 1e-2, "warmup": 20},
-    "clip+adafactor3e-3": CLIP | {"adafactor": True, "lr": 3e-3, "warmup": 20},
     "ours": OURS,
-    "ours3e-2": OURS | {"lr": 3e-2},
-    "ours3e-3": OURS | {"lr": 3e-3},
+    "ours+lr1e-3": OURS | {"lr": 1e-3},
+    "ours+lr1e-4": OURS | {"lr": 1e-4},
     "ours+momentum": OURS | {"betas": (0.9, 0.999)},
     "ours+flips": OURS | {"turned": 2},
-    "ours+batch128": OURS | {"batch_size": 128, "constant_epochs": 20},
     "ours+tracked": TRACKED,
     "ours+tracked+nodecay": TRACKED | {"weight_decay": 0},
     "ours+tracked+warmup": TRACKED | {"weight_decay": 0, "warmup": 20},
     "ours+tracked+momentum": TRACKED | {"weight_decay": 0, "warmup": 20, "betas": (0.9, 0.999)},
+    "ours+tracked+momentum+lr9e-4": TRACKED | {
+        "weight_decay": 0, "warmup": 20, "betas": (0.9, 0.999), "lr": 9e-4},
     "clip+nomomentum": CLIP | {"betas": (0.0, 0.99), "warmup": 20},
     "clip+lr1e-4": CLIP | {"lr": 1e-4},
     "vicreg": {"vicreg": True},  # in place of the loss
     "mma": {"method": "mma", "temperature": 0.1},
-    "mma+relative": {"method": "mma", "temperature": 0.1, "recipe": "ours", "lr": 1e-2},
+    "mma+rates": {"method": "mma", "temperature": 0.1, "recipe": "ours"},
     "mma+shift": {"method": "mma", "temperature": 0.1, "map_shift": 1},  # locations of 8 px
 }
 USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
     "across": False, "shift": 0, "later": 0, "drop": 0, "noise": 0, "barlow": 0, "ema": 0,
     "turned": 0, "learn_temperature": False, "bnbn": False, "warmup": 0, "lars": False,
-    "adafactor": False, "recipe": "poster", "tracked": False, "betas": None, "vicreg": False, "map_shift": 0,
-    "method": "d-simclr", "arch": "resnet18", "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
+    "adafactor": False, "tracked": False, "betas": None, "vicreg": False, "map_shift": 0,
+    "method": "d-simclr", "arch": "resnet18", "recipe": "poster", "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
     "adamw": False, "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
 DEVICE = torch.device("cpu")
 
@@ -140,7 +140,7 @@ def make_model(args, bands):
         optimizer = torch.optim.Adafactor(model.parameters(), args.lr)
     if args.learn_temperature:  # its logarithm, as in CLIP, at a constant rate
         model.temperature = torch.nn.Parameter(torch.tensor(args.temperature).log())
-        optimizer.add_param_group({"params": model.temperature, "lr": 1e-2, "weight_decay": 0})
+        optimizer.add_param_group({"params": model.temperature, "weight_decay": 0})
     if args.barlow:  # it standardises the embeddings: so does retrieval
         for head in model.heads.values():
             head.append(torch.nn.BatchNorm1d(head[-1].out_features, affine=False))
@@ -240,8 +240,9 @@ def run(trial, fold, seed, steps, save=None):
         rate *= min(1, (step + 1) / max(1, args.warmup))
         for group in optimizer.param_groups:
             if args.tracked:
-                group["size"] = group["params"][0].detach().square().mean().sqrt().clamp(1e-3).item()
-            group["lr"] = rate * group.get("size", 1)
+                rms = max(1e-3, group["params"][0].detach().square().mean().sqrt().item())
+                group["factor"] = rms / 0.03
+            group["lr"] = rate * group.get("factor", 1)
         if args.learn_temperature:
             optimizer.param_groups[-1]["lr"] = 1e-2
         inputs = training_input(batches[within], radar, patches.arrays[1], args, stats, rng)

@@ -248,7 +248,7 @@ def test_offset_of_baseline_0400_is_found_by_the_cirrus_band(tmp_path, monkeypat
     assert "is subtracted" not in capsys.readouterr().out
     write_tif(tmp_path / "S2.tif", np.where(np.arange(170) < 9, 0, s2 + 1000).astype(np.uint16))  # and no data
     shifted = make_map(monkeypatch, tmp_path)
-    assert "S2.tif: B10 is never below 1,000" in capsys.readouterr().out
+    assert "S2.tif: B10 shows baseline 04.00: 1,000 is subtracted" in capsys.readouterr().out
     assert np.array_equal(shifted[:, :, 60:], usual[:, :, 60:]) and (shifted[:, :, :9] == 255).all()
     other = make_map(monkeypatch, tmp_path, "--s2-offset", 0)
     assert not np.array_equal(other[:, :, 60:], usual[:, :, 60:])

@@ -252,7 +252,7 @@ STATS = {"s1": {"mean": [0.] * 2, "std": [1.] * 2}, "s2": {"mean": [0.] * 13, "s
 @pytest.mark.parametrize("change", [None, {**STATS, "s2": {"mean": [0.] * 13, "std": [1.] * 12}}])
 def test_a_scaling_without_its_statistics_is_named(tmp_path, change):
     write(tmp_path / "last.pt", scale="standard", stats=change)
-    with pytest.raises(models.CheckpointError, match="`standard` without mean and std of every s[12] band$"):
+    with pytest.raises(models.CheckpointError, match="scale `standard` lacks mean or std of s[12] bands$"):
         models.load_checkpoint(tmp_path / "last.pt")
 
 

@@ -271,22 +271,19 @@ def test_our_recipe_has_other_negatives_and_is_another_run(store, tmp_path):
     assert abs(loss - math.log(24)) < 0.6  # one of so many candidates; with NT-Xent it begins above 7
     assert content["args"]["recipe"] == "ours"
     code, text = finish(start(base, tmp_path / "ours"))
-    assert code == 2 and "made with other settings ({'lr': 0.01, 'recipe': 'ours'})" in text
-
-
-def signal_after_step_1(original=pretrain.learning_rate):
-    def learning_rate(step, *more):
-        if step == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(step, *more)
-    pretrain.learning_rate = learning_rate
+    assert code == 2 and "made with other settings ({'recipe': 'ours', 'rates': 'of each tensor'})" in text
+    del content["args"]["rates"]  # as when all tensors had one rate
+    torch.save(content, tmp_path / "ours/last.pt")
+    code, text = finish(start([*base, "--recipe", "ours"], tmp_path / "ours"))
+    assert code == 2 and "made with other settings ({'rates': None})" in text
 
 
 def test_our_recipe_steps_in_proportion_to_the_weights_and_goes_on_in_the_same_bits(store, tmp_path):
-    argv = ["--recipe", "ours", "--data", store, "--epochs", 2, "--batch-size", 24, "--crop", 24, "--log-every", 1]
-    assert finish(start(argv, tmp_path / "stopped", trouble=signal_after_step_1))[0] == 143
-    content, log = contents(tmp_path / "stopped")
-    assert content["step"] == 1 and log[-1]["lr"] == 0.01
+    argv = ["--recipe", "ours", "--data", store, "--epochs", 2, "--batch-size", 24, "--crop", 24, "--lr", 3e-4]
+    assert finish(start(argv, tmp_path / "stopped", trouble=functools.partial(signal_after, 1)))[0] == 143
+    content, _ = contents(tmp_path / "stopped")
+    groups = content["optimizer"]["param_groups"]
+    assert content["step"] == 1 and {group["betas"] for group in groups} == {(0.0, 0.99)}
     torch.manual_seed(0)
     model = models.Contrastive("d-simclr", content["bands"])
     for kind in ("encoders", "heads"):
@@ -294,7 +291,7 @@ def test_our_recipe_steps_in_proportion_to_the_weights_and_goes_on_in_the_same_b
             sensor, _, name = name.partition(".")
             step = (content[kind][sensor][name] - before).abs().max().item()
             size = before.square().mean().sqrt().item()  # Adam's first step is the rate, whatever the gradient
-            assert step == pytest.approx(0.01 * max(size, 1e-3), rel=1e-2), name
+            assert step == pytest.approx(3e-4 * max(size, 1e-3) / 0.03, rel=1e-2), name
     run(argv, tmp_path / "stopped")
     run(argv, tmp_path / "whole")
     assert_same_run(tmp_path / "stopped", tmp_path / "whole")
@@ -458,15 +455,15 @@ def test_a_signal_saves_after_the_step_in_hand(store, reference, tmp_path, numbe
 
 def test_a_stop_between_logged_steps_leaves_no_trace(store, reference, tmp_path):
     out, argv = copy_of_epoch_2(reference, tmp_path / "stopped"), [*MMA, "--data", store]
-    code, _ = finish(start(argv, out, trouble=signal_after_step_15))
+    code, _ = finish(start(argv, out, trouble=functools.partial(signal_after, 15)))
     assert code == 143 and step_of(out / "last.pt") == 15
     run(argv, out)
     assert_same_run(out, reference)
 
 
-def signal_after_step_15(original=pretrain.learning_rate):
+def signal_after(last, original=pretrain.learning_rate):
     def learning_rate(step, *more):
-        if step + 1 == 15:
+        if step + 1 == last:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(step, *more)
     pretrain.learning_rate = learning_rate
@@ -618,8 +615,8 @@ def gradients_in_a_process(environment, cases, path):
     assert network.module is model and not network.will_sync_module_buffers()  # not in every forward
     first = model.encoders["s1"].conv1.weight
     assert torch.equal(*pretrain.gather(first.detach()[None], world)[[0, -1]])  # all begin with one's weights
-    sizes = torch.tensor([group["size"] for group in optimizer.param_groups])
-    assert torch.equal(*pretrain.gather(sizes[None], world)[[0, -1]])  # and with one's rates
+    factors = torch.tensor([group["factor"] for group in optimizer.param_groups])
+    assert torch.equal(*pretrain.gather(factors[None], world)[[0, -1]])  # and with one's rates
     for k, (method, *more) in enumerate(cases):
         loss, z1, grad, weights = gradients(method, rank, world, *more)
         everyone = [None] * world
@@ -659,7 +656,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(method, micro):
 def test_two_processes_stop_together_or_die_and_end_in_the_same_bits(store, tmp_path):
     argv, out = [*MMA, "--data", store, "--micro-batch", 2], tmp_path / "two"
     processes = [start(argv, out, tmp_path / f"stop{rank}.txt", environment=environment,
-                       trouble=signal_after_step_15 if rank else None)
+                       trouble=functools.partial(signal_after, 15) if rank else None)
                  for rank, environment in enumerate(rank_environments(2))]  # only rank 1 gets a signal
     for process in processes:
         assert finish(process)[0] == 143

@@ -74,3 +74,13 @@ def test_turns_of_one_sensor_and_of_both(turned):
     plain = torch.from_numpy(pixels[0].astype(np.float32))
     assert torch.equal(s2, s1 if turned == 2 else plain) and not torch.equal(s1, plain)
     assert torch.equal(s1.flatten(1).sort(1).values, plain.flatten(1))  # the same pixels elsewhere
+
+
+@pytest.mark.parametrize("trial, betas, factors", [
+    ("clip", (0.9, 0.999), {1}), ("ours+momentum", (0.9, 0.999), None), ("poster+rates", (0.0, 0.99), None)])
+def test_rates_and_momentum_of_the_trials(trial, betas, factors):
+    args = recipe.SimpleNamespace(**recipe.USUAL | recipe.TRIALS[trial], seed=0)
+    _, optimizer = recipe.make_model(args, {"s1": ["VV"], "s2": ["B4"]})
+    assert {group["betas"] for group in optimizer.param_groups} == {betas}
+    found = {group.get("factor", 1) for group in optimizer.param_groups}
+    assert found == factors or not factors and len(found) > 20
