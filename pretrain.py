@@ -273,7 +273,7 @@ def make_model(args, bands, device, world):
         groups, betas = [], (0.0, 0.99)
         for weights in model.parameters():
             rms = max(1e-3, weights.detach().square().mean().sqrt().item())
-            groups.append({"params": [weights], "factor": rms / 0.03})  # 1: 3x3 of 250 channels
+            groups.append({"params": [weights], "factor": rms / 0.03})  # 1 for 3x3, 250 channels
     optimizer = torch.optim.Adam(
         groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
     return model, network, optimizer
