@@ -313,7 +313,7 @@ def offset_of(scene):
     if "B10" in names:
         cirrus = raster.read(names.index("B10") + 1, masked=True).filled(0)
         if cirrus.any() and cirrus[cirrus > 0].min() >= 1000:
-            print(f"{raster.name}: B10 shows baseline 04.00: 1,000 is subtracted (--s2-offset)")
+            print(f"{raster.name}: B10 shows baseline 04.00: 1,000 is subtracted (--s2-offset 0)")
             return 1000
     return 0
 

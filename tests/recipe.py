@@ -125,6 +125,8 @@ def make_model(args, bands):
     model, _, optimizer = pretrain.make_model(args, bands, DEVICE, world=1)
     for group in optimizer.param_groups if args.betas else ():
         group["betas"] = args.betas
+    if args.lars:
+        optimizer = LARS(model.parameters(), args.lr, momentum=0.9)
     if args.adafactor:  # torch's own, whose steps are in proportion to the weights, too
         optimizer = torch.optim.Adafactor(model.parameters(), args.lr)
     if args.barlow:  # it standardises the embeddings: so does retrieval

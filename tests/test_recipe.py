@@ -84,3 +84,13 @@ def test_rates_and_momentum_of_the_trials(trial, betas, factors):
     assert {group["betas"] for group in optimizer.param_groups} == {betas}
     found = {group.get("factor", 1) for group in optimizer.param_groups}
     assert found == factors or not factors and len(found) > 20
+
+
+@pytest.mark.parametrize("trial, kind", [
+    ("poster", torch.optim.Adam), ("ours", torch.optim.Adam), ("poster+lars0.6", recipe.LARS), ("clip+lars5", recipe.LARS),
+    ("clip+adafactor", torch.optim.Adafactor), ("clip+adamw", torch.optim.AdamW)])
+def test_optimiser_of_the_trials(trial, kind):
+    args = recipe.SimpleNamespace(**recipe.USUAL | recipe.TRIALS[trial], seed=0)
+    model, optimizer = recipe.make_model(args, {"s1": ["VV"], "s2": ["B4"]})
+    held = [weights for group in optimizer.param_groups for weights in group["params"]]
+    assert type(optimizer) is kind and list(map(id, held)) == list(map(id, model.parameters()))
