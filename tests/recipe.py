@@ -35,7 +35,6 @@ import pretrain
 
 CLIP = {"across": True}  # negatives of the other sensor alone
 OURS = CLIP | {"recipe": "ours"}  # and its rates
-TRACKED = OURS | {"tracked": True}  # rates in proportion to what the weights are by then
 TRIALS = {
     "poster": {},
     "poster+constant": {"constant_epochs": 10 ** 6},  # the rate stays as it is
@@ -54,6 +53,8 @@ TRIALS = {
     "clip+flips": CLIP | {"turned": 2},  # sensors with flips and quarter turns, alike for both
     "clip+flip-radar": CLIP | {"turned": 1},
     "clip+temp0.05": CLIP | {"temperature": 0.05},
+    "clip+temp0.2": CLIP | {"temperature": 0.2},
+    "clip+learned-temp": CLIP | {"learned": True},  # the temperature's logarithm, at a rate of 1e-2
     "clip+lr1e-3": CLIP | {"lr": 1e-3, "warmup": 20},  # steps in which the rate rises from 0
     "clip+warmup": CLIP | {"warmup": 20},
     "clip+lars0.6": CLIP | {"lars": True, "lr": 0.6, "warmup": 20},
@@ -64,12 +65,8 @@ TRIALS = {
     "ours+lr1e-4": OURS | {"lr": 1e-4},
     "ours+momentum": OURS | {"betas": (0.9, 0.999)},
     "ours+flips": OURS | {"turned": 2},
-    "ours+tracked": TRACKED,
-    "ours+tracked+nodecay": TRACKED | {"weight_decay": 0},
-    "ours+tracked+warmup": TRACKED | {"weight_decay": 0, "warmup": 20},
-    "ours+tracked+momentum": TRACKED | {"weight_decay": 0, "warmup": 20, "betas": (0.9, 0.999)},
-    "ours+tracked+momentum+lr9e-4": TRACKED | {
-        "weight_decay": 0, "warmup": 20, "betas": (0.9, 0.999), "lr": 9e-4},
+    "ours+batch128": OURS | {"batch_size": 128, "constant_epochs": 20},
+    "ours+tracked": OURS | {"tracked": True},  # rates in proportion to what the weights are by then
     "clip+nomomentum": CLIP | {"betas": (0.0, 0.99), "warmup": 20},
     "vicreg": {"vicreg": True},  # in place of the loss
     "mma": {"method": "mma", "temperature": 0.1},
@@ -79,6 +76,7 @@ TRIALS = {
 USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
     "across": False, "shift": 0, "later": 0, "drop": 0, "noise": 0, "barlow": 0, "ema": 0,
     "turned": 0, "warmup": 0, "lars": False, "adafactor": False, "tracked": False, "betas": None,
+    "learned": False,
     "vicreg": False, "map_shift": 0, "method": "d-simclr", "arch": "resnet18", "recipe": "poster",
     "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
     "adamw": False, "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
@@ -134,6 +132,10 @@ def make_model(args, bands):
             head.append(torch.nn.BatchNorm1d(head[-1].out_features, affine=False))
     if args.adamw:
         optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    if args.learned:
+        args.log_temperature = torch.nn.Parameter(torch.tensor(args.temperature).log())
+        optimizer.add_param_group(
+            {"params": [args.log_temperature], "factor": 1e-2 / args.lr, "weight_decay": 0})
     return model, optimizer
 
 
@@ -174,13 +176,14 @@ def similarity_of(model, a, b, args):
 
 
 def loss_of(model, a, b, args):
+    temperature = args.log_temperature.exp() if args.learned else args.temperature
     if args.barlow:
         return barlow_twins(a, b, args.barlow)
     if args.vicreg:
         return vicreg(a, b)
     if args.map_shift:
-        return models.info_nce(similarity_of(model, a, b, args), args.temperature)
-    return model.loss(a, b, args.temperature, across=args.across)
+        return models.info_nce(similarity_of(model, a, b, args), temperature)
+    return model.loss(a, b, temperature, across=args.across)
 
 
 @torch.no_grad()

@@ -94,3 +94,16 @@ def test_optimiser_of_the_trials(trial, kind):
     model, optimizer = recipe.make_model(args, {"s1": ["VV"], "s2": ["B4"]})
     held = [weights for group in optimizer.param_groups for weights in group["params"]]
     assert type(optimizer) is kind and list(map(id, held)) == list(map(id, model.parameters()))
+
+
+def test_learned_temperature_moves():
+    """By about its own rate a step, from that of USUAL."""
+    args = recipe.SimpleNamespace(**recipe.USUAL | recipe.TRIALS["clip+learned-temp"], seed=0)
+    model, optimizer = recipe.make_model(args, {"s1": ["VV"], "s2": ["B4"]})
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * group.get("factor", 1)
+    a, b = torch.randn(2, 8, 128, generator=torch.Generator().manual_seed(0))
+    assert recipe.loss_of(model, a, b, args).item() == pytest.approx(model.loss(a, b, 0.07, across=True).item())
+    recipe.loss_of(model, a, b, args).backward()
+    optimizer.step()
+    assert args.log_temperature.item() - math.log(0.07) == pytest.approx(0.01, rel=0.01)  # alike by chance: softer
