@@ -38,6 +38,7 @@ OURS = CLIP | {"recipe": "ours"}  # and its rates
 TRIALS = {
     "poster": {},
     "poster+constant": {"constant_epochs": 10 ** 6},  # the rate stays as it is
+    "poster+lr1e-4": {"lr": 1e-4},
     "poster+lars0.6": {"lars": True, "lr": 0.6, "warmup": 20},
     "poster+rates": {"recipe": "ours"},
     "clip": CLIP,
@@ -53,7 +54,6 @@ TRIALS = {
     "clip+flips": CLIP | {"turned": 2},  # sensors with flips and quarter turns, alike for both
     "clip+flip-radar": CLIP | {"turned": 1},
     "clip+temp0.05": CLIP | {"temperature": 0.05},
-    "clip+temp0.2": CLIP | {"temperature": 0.2},
     "clip+learned-temp": CLIP | {"learned": True},  # the temperature's logarithm, at a rate of 1e-2
     "clip+lr1e-3": CLIP | {"lr": 1e-3, "warmup": 20},  # steps in which the rate rises from 0
     "clip+warmup": CLIP | {"warmup": 20},
