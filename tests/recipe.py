@@ -66,7 +66,6 @@ TRIALS = {
     "ours+momentum": OURS | {"betas": (0.9, 0.999)},
     "ours+flips": OURS | {"turned": 2},
     "ours+batch128": OURS | {"batch_size": 128, "constant_epochs": 20},
-    "ours+tracked": OURS | {"tracked": True},  # rates in proportion to what the weights are by then
     "clip+nomomentum": CLIP | {"betas": (0.0, 0.99), "warmup": 20},
     "vicreg": {"vicreg": True},  # in place of the loss
     "mma": {"method": "mma", "temperature": 0.1},
@@ -75,11 +74,10 @@ TRIALS = {
 }
 USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
     "across": False, "shift": 0, "later": 0, "drop": 0, "noise": 0, "barlow": 0, "ema": 0,
-    "turned": 0, "warmup": 0, "lars": False, "adafactor": False, "tracked": False, "betas": None,
-    "learned": False,
-    "vicreg": False, "map_shift": 0, "method": "d-simclr", "arch": "resnet18", "recipe": "poster",
-    "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
-    "adamw": False, "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
+    "turned": 0, "warmup": 0, "lars": False, "adafactor": False, "adamw": False, "betas": None,
+    "learned": False, "vicreg": False, "map_shift": 0, "method": "d-simclr", "arch": "resnet18",
+    "recipe": "poster", "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
+    "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
 DEVICE = torch.device("cpu")
 
 
@@ -229,9 +227,6 @@ def run(trial, fold, seed, steps, save=None):
         rate = pretrain.learning_rate(step, epoch_steps, args)
         rate *= min(1, (step + 1) / max(1, args.warmup))
         for group in optimizer.param_groups:
-            if args.tracked:
-                rms = max(1e-3, group["params"][0].detach().square().mean().sqrt().item())
-                group["factor"] = rms / 0.03
             group["lr"] = rate * group.get("factor", 1)
         inputs = training_input(batches[within], radar, patches.arrays[1], args, stats, rng)
         with models.autocast("auto", DEVICE):
