@@ -186,11 +186,9 @@ class Contrastive(nn.Module):
             a, b = self.heads["s1"](a), self.heads["s2"](b)
         return a.float(), b.float()
 
-    def loss(self, a, b, temperature, first=0, n=None, across=False):
-        """Loss of the n places from `first` on (default: of all) among the embeddings of all N.
-        across: the negatives are of the other sensor alone, as MMA's always are (and as in CLIP,
-        Radford et al. 2021), else of both."""
-        if self.method != "mma" and not across:
+    def loss(self, a, b, temperature, first=0, n=None):
+        """Loss of the n places from `first` on (default: of all) among the embeddings of all N."""
+        if self.method != "mma":
             return nt_xent(a, b, temperature, first, n)
         rows = self.similarity(a[first:][:n], b)
         columns = None if len(rows) == len(b) else self.similarity(b[first:][:n], a)

@@ -320,10 +320,10 @@ def train(args):
     settings |= {"precision": models.resolve_precision(args.precision, device),
                  "bands": patches.bands["s1"] + patches.bands["s2"], "data": patches.identity,
                  "processes": world if device.type == "cpu" else None,  # each its own batch norm
-                 "rates": "of each tensor" if args.recipe == "ours" else None}  # once they were not
+                 "rates": "by first weights" if args.recipe == "ours" else None}  # once others
     model, network, optimizer = make_model(args, patches.bands, device, world)
     cast = models.autocast(args.precision, device)
-    loss_of = partial(model.loss, temperature=args.temperature, across=args.recipe == "ours")
+    loss_of = partial(model.loss, temperature=args.temperature)
     args.out.mkdir(parents=True, exist_ok=True)
     start, retrieval = resume(args, settings, model, optimizer)
     if (gather(torch.tensor([start]), world) != start).any():

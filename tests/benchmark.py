@@ -254,7 +254,7 @@ def bare_step(device, batch, precision, layout, compiled=False, micro=None, reci
     model.to(memory_format=layout)
     inputs = [torch.rand(batch, count, 128, 128, device=device).to(memory_format=layout) for count in (2, 13)]
     cast = models.autocast(precision, device)
-    loss_of = functools.partial(model.loss, temperature=0.07, across=recipe == "ours")
+    loss_of = functools.partial(model.loss, temperature=0.07)
 
     def step():
         if micro:

@@ -33,14 +33,15 @@ import data
 import models
 import pretrain
 
+OURS = {"recipe": "ours"}  # rates of each tensor, no momentum
 CLIP = {"across": True}  # negatives of the other sensor alone
-OURS = CLIP | {"recipe": "ours"}  # and its rates
+RATES = CLIP | OURS
 TRIALS = {
     "poster": {},
     "poster+constant": {"constant_epochs": 10 ** 6},  # the rate stays as it is
     "poster+lr1e-4": {"lr": 1e-4},
     "poster+lars0.6": {"lars": True, "lr": 0.6, "warmup": 20},
-    "poster+rates": {"recipe": "ours"},
+    "ours": OURS,
     "clip": CLIP,
     "clip+constant": CLIP | {"constant_epochs": 10 ** 6},
     "clip+shift": CLIP | {"shift": 8},  # px at most, between the crops of the two sensors
@@ -60,12 +61,12 @@ TRIALS = {
     "clip+lars0.6": CLIP | {"lars": True, "lr": 0.6, "warmup": 20},
     "clip+lars5": CLIP | {"lars": True, "lr": 5.0, "warmup": 20},
     "clip+adafactor": CLIP | {"adafactor": True, "lr": 1e-2, "warmup": 20},
-    "ours": OURS,
-    "ours+lr1e-3": OURS | {"lr": 1e-3},
-    "ours+lr1e-4": OURS | {"lr": 1e-4},
-    "ours+momentum": OURS | {"betas": (0.9, 0.999)},
-    "ours+flips": OURS | {"turned": 2},
-    "ours+batch128": OURS | {"batch_size": 128, "constant_epochs": 20},
+    "clip+rates": RATES,
+    "clip+rates+lr1e-3": RATES | {"lr": 1e-3},
+    "clip+rates+lr1e-4": RATES | {"lr": 1e-4},
+    "clip+rates+momentum": RATES | {"betas": (0.9, 0.999)},
+    "clip+rates+flips": RATES | {"turned": 2},
+    "clip+rates+batch128": RATES | {"batch_size": 128, "constant_epochs": 20},
     "clip+nomomentum": CLIP | {"betas": (0.0, 0.99), "warmup": 20},
     "vicreg": {"vicreg": True},  # in place of the loss
     "mma": {"method": "mma", "temperature": 0.1},
@@ -179,9 +180,9 @@ def loss_of(model, a, b, args):
         return barlow_twins(a, b, args.barlow)
     if args.vicreg:
         return vicreg(a, b)
-    if args.map_shift:
+    if args.map_shift or args.across:
         return models.info_nce(similarity_of(model, a, b, args), temperature)
-    return model.loss(a, b, temperature, across=args.across)
+    return model.loss(a, b, temperature)
 
 
 @torch.no_grad()

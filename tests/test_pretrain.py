@@ -263,19 +263,18 @@ def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, 
     assert words in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "x").exists()
 
 
-def test_our_recipe_has_other_negatives_and_is_another_run(store, tmp_path):
-    base = ["--data", store, "--epochs", 1, "--batch-size", 24, "--crop", 24, "--log-every", 1]
+def test_our_recipe_is_another_run(store, tmp_path):
+    base = ["--data", store, "--epochs", 1, "--batch-size", 24, "--crop", 24]
     run([*base, "--recipe", "ours"], tmp_path / "ours")
-    content, log = contents(tmp_path / "ours")
-    loss = next(entry["loss"] for entry in log if "loss" in entry)
-    assert abs(loss - math.log(24)) < 0.6  # one of so many candidates; with NT-Xent it begins above 7
+    content, _ = contents(tmp_path / "ours")
     assert content["args"]["recipe"] == "ours"
     code, text = finish(start(base, tmp_path / "ours"))
-    assert code == 2 and "made with other settings ({'recipe': 'ours', 'rates': 'of each tensor'})" in text
-    del content["args"]["rates"]  # as when all tensors had one rate
-    torch.save(content, tmp_path / "ours/last.pt")
-    code, text = finish(start([*base, "--recipe", "ours"], tmp_path / "ours"))
-    assert code == 2 and "made with other settings ({'rates': None})" in text
+    assert code == 2 and "made with other settings ({'recipe': 'ours', 'rates': 'by first weights'})" in text
+    for other in (None, "of each tensor"):  # as when all had one rate, and when the negatives were others
+        content["args"]["rates"] = other
+        torch.save(content, tmp_path / "ours/last.pt")
+        code, text = finish(start([*base, "--recipe", "ours"], tmp_path / "ours"))
+        assert code == 2 and f"made with other settings ({{'rates': {other!r}}})" in text
 
 
 def test_our_recipe_steps_in_proportion_to_the_weights_and_goes_on_in_the_same_bits(store, tmp_path):
