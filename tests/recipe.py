@@ -66,7 +66,6 @@ TRIALS = {
     "clip+rates+lr1e-4": RATES | {"lr": 1e-4},
     "clip+rates+momentum": RATES | {"betas": (0.9, 0.999)},
     "clip+rates+flips": RATES | {"turned": 2},
-    "clip+rates+batch128": RATES | {"batch_size": 128, "constant_epochs": 20},
     "clip+nomomentum": CLIP | {"betas": (0.0, 0.99), "warmup": 20},
     "vicreg": {"vicreg": True},  # in place of the loss
     "mma": {"method": "mma", "temperature": 0.1},
