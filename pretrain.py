@@ -320,7 +320,7 @@ def train(args):
     settings |= {"precision": models.resolve_precision(args.precision, device),
                  "bands": patches.bands["s1"] + patches.bands["s2"], "data": patches.identity,
                  "processes": world if device.type == "cpu" else None,  # each its own batch norm
-                 "rates": "by first weights" if args.recipe == "ours" else None}  # once others
+                 "negatives": "of both" if args.recipe == "ours" else None}  # once others
     model, network, optimizer = make_model(args, patches.bands, device, world)
     cast = models.autocast(args.precision, device)
     loss_of = partial(model.loss, temperature=args.temperature)

@@ -35,13 +35,15 @@ import pretrain
 
 OURS = {"recipe": "ours"}  # rates of each tensor, no momentum
 CLIP = {"across": True}  # negatives of the other sensor alone
-RATES = CLIP | OURS
+CLIP_RATES = CLIP | OURS
 TRIALS = {
     "poster": {},
     "poster+constant": {"constant_epochs": 10 ** 6},  # the rate stays as it is
     "poster+lr1e-4": {"lr": 1e-4},
+    "poster+nomomentum": {"betas": (0.0, 0.99)},
     "poster+lars0.6": {"lars": True, "lr": 0.6, "warmup": 20},
     "ours": OURS,
+    "ours+momentum": OURS | {"betas": (0.9, 0.999)},
     "clip": CLIP,
     "clip+constant": CLIP | {"constant_epochs": 10 ** 6},
     "clip+shift": CLIP | {"shift": 8},  # px at most, between the crops of the two sensors
@@ -61,15 +63,15 @@ TRIALS = {
     "clip+lars0.6": CLIP | {"lars": True, "lr": 0.6, "warmup": 20},
     "clip+lars5": CLIP | {"lars": True, "lr": 5.0, "warmup": 20},
     "clip+adafactor": CLIP | {"adafactor": True, "lr": 1e-2, "warmup": 20},
-    "clip+rates": RATES,
-    "clip+rates+lr1e-3": RATES | {"lr": 1e-3},
-    "clip+rates+lr1e-4": RATES | {"lr": 1e-4},
-    "clip+rates+momentum": RATES | {"betas": (0.9, 0.999)},
-    "clip+rates+flips": RATES | {"turned": 2},
+    "clip+rates": CLIP_RATES,
+    "clip+rates+lr1e-3": CLIP_RATES | {"lr": 1e-3},
+    "clip+rates+lr1e-4": CLIP_RATES | {"lr": 1e-4},
+    "clip+rates+momentum": CLIP_RATES | {"betas": (0.9, 0.999)},
+    "clip+rates+flips": CLIP_RATES | {"turned": 2},
     "clip+nomomentum": CLIP | {"betas": (0.0, 0.99), "warmup": 20},
     "vicreg": {"vicreg": True},  # in place of the loss
     "mma": {"method": "mma", "temperature": 0.1},
-    "mma+rates": {"method": "mma", "temperature": 0.1, "recipe": "ours"},
+    "mma+rates": OURS | {"method": "mma", "temperature": 0.1},
     "mma+shift": {"method": "mma", "temperature": 0.1, "map_shift": 1},  # locations of 8 px
 }
 USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
@@ -166,7 +168,7 @@ def training_input(batch, radar, optical, args, stats, rng):
 
 
 def similarity_of(model, a, b, args):
-    """(N, N) similarity, of MMA as the maximum over shifts of the maps."""
+    """(N, N) similarity for info_nce() and retrieval; with map_shift the maximum over shifts of MMA's maps."""
     if args.vicreg:  # which leaves the sensors where they are
         a, b = a - a.mean(0), b - b.mean(0)
     inside = slice(args.map_shift, -args.map_shift or None)

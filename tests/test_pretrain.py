@@ -269,12 +269,11 @@ def test_our_recipe_is_another_run(store, tmp_path):
     content, _ = contents(tmp_path / "ours")
     assert content["args"]["recipe"] == "ours"
     code, text = finish(start(base, tmp_path / "ours"))
-    assert code == 2 and "made with other settings ({'recipe': 'ours', 'rates': 'by first weights'})" in text
-    for other in (None, "of each tensor"):  # as when all had one rate, and when the negatives were others
-        content["args"]["rates"] = other
-        torch.save(content, tmp_path / "ours/last.pt")
-        code, text = finish(start([*base, "--recipe", "ours"], tmp_path / "ours"))
-        assert code == 2 and f"made with other settings ({{'rates': {other!r}}})" in text
+    assert code == 2 and "made with other settings ({'recipe': 'ours', 'negatives': 'of both'})" in text
+    del content["args"]["negatives"]  # as when they were of the other sensor alone
+    torch.save(content, tmp_path / "ours/last.pt")
+    code, text = finish(start([*base, "--recipe", "ours"], tmp_path / "ours"))
+    assert code == 2 and "made with other settings ({'negatives': None})" in text
 
 
 def test_our_recipe_steps_in_proportion_to_the_weights_and_goes_on_in_the_same_bits(store, tmp_path):
