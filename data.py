@@ -3,14 +3,16 @@
     python data.py pack TREE STORE     # GeoTIFFs to plain .npy: parallel, resumable, safe to kill
     python data.py check STORE         # counts beside the published ones, bad files, value ranges
 
-A TREE is a folder of GeoTIFFs: SEN12MS or DFC2020 in any of their layouts (found by file name), or
-plain pairs, see README. A STORE holds `s1.npy` (N, C1, H, W) in 1/100 dB, `s2.npy` (N, C2, H, W)
-reflectance x 10,000, perhaps `classes.npy` (N, H, W), `patches.npy` (N,) records, `index.json`.
+A TREE is a folder of GeoTIFFs or VRTs: SEN12MS or DFC2020 in any of their layouts (found by file
+name), or plain pairs, see README. A STORE holds `s1.npy` (N, C1, H, W) in 1/100 dB, `s2.npy`
+(N, C2, H, W) reflectance x 10,000, perhaps `classes.npy` (N, H, W), `patches.npy` (N,) records,
+`index.json`. What a file says of itself is believed: see Raster.
 """
 import argparse
 import contextlib
+import errno
 import fcntl
-import glob
+import functools
 import hashlib
 import json
 import logging
@@ -27,7 +29,7 @@ import rasterio
 import torch
 from tqdm import tqdm
 
-os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "EMPTY_DIR")  # else a listing per file
+os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "TRUE")  # side-cars by name, no listing
 os.environ.setdefault("GDAL_CACHEMAX", "256")  # MB, else a twentieth of the machine's memory
 logging.getLogger("rasterio").setLevel(logging.CRITICAL)  # a bad file is reported once, by us
 
@@ -38,10 +40,17 @@ DFC_CODES = {"1": "Forest", "2": "Shrubland", "4": "Grassland", "5": "Wetland", 
              "7": "Urban", "9": "Barren", "10": "Water"}  # savanna (3) and snow (8) are not used
 CLASSES = list(DFC_CODES.values())
 IGNORE = 255  # class of a pixel that is none of the classes; label of a patch that has none
-STORE_FORMAT = 3
+MISSING = -32768  # S1 of a pixel that is not there; its S2 is 0 in all bands
+SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
+STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
+STORE_FORMAT = 4
 SETTLE = 256  # patches between two flushes of a packing
-ROI_FILE = re.compile(r".*/(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.tif")
-PLAIN_FILE = re.compile(r".*?/(?:(train|validation|test)/)?(s1|s2|classes)/([^.].*)\.tiff?")
+RASTER = re.compile(r"[^.].*\.(tiff?|vrt)", re.IGNORECASE)
+ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.\w+", re.IGNORECASE)
+PLAIN = re.compile(r"(.*?/)??(s1|s2|classes)/(.*)\.\w+", re.IGNORECASE)
+BAND = re.compile(r"(?<![A-Z0-9])(?:(VV|VH|HH|HV)|B0?(\d+A?))(?![A-Z0-9])")
+NO_BAND = re.compile(r"((BAND|LAYER)[ _]?\d+)?")
 
 
 class DataError(Exception):
@@ -52,6 +61,8 @@ def run(main, *errors):
     """Run a script's `main`; a DataError, an OSError or one of `errors` ends it with one line and
     exit status 2. Any other error is a bug and keeps its traceback."""
     try:
+        if sys.platform != "linux":
+            raise DataError("needs Linux, whose file functions it calls: a container will do")
         return main()
     except (DataError, OSError, *errors) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[-1]
@@ -76,26 +87,154 @@ def classes_from_codes(codes, legend=DFC_CODES):
     return classes
 
 
+def band_name(text):
+    """The band that a text holds as a word, as `B02`, `B8a` or `Sigma0_VV_db` do; else the text in
+    capitals; "" for none and for `Band 1`."""
+    text = (text or "").upper()
+    words = {word or f"B{number}" for word, number in BAND.findall(text)}
+    return words.pop() if len(words) == 1 else NO_BAND.sub("", text, 1) and text
+
+
+@contextlib.contextmanager
+def reading(path):
+    """What GDAL says of a file that it cannot read becomes a DataError."""
+    try:
+        yield
+    except rasterio.errors.RasterioError as error:
+        raise DataError(f"{Path(path).name}: cannot be read, is it cut off, or a Git LFS pointer? "
+                        f"{error.__cause__ or error}") from None
+
+
+class Raster:
+    """A patch or scene of Sentinel-1 (`s1`) or Sentinel-2 (`s2`), read by what it says of itself.
+    bands: names of those that are read, in their order; None: the first. offset: what S2 holds
+    beside reflectance x 10,000; None: judge() finds it. Raises DataError."""
+
+    def __init__(self, path, sensor, bands, offset=None):
+        self.name, self.sensor, self.bands = Path(path).name, sensor, bands
+        self.offset, self.judged = offset, False
+        with reading(path):
+            self.tif = rasterio.open(path)
+        self.numbers = self.find_bands() if bands else [1]
+
+    def find_bands(self):
+        """-> their numbers, from 1 on: by name or, where no band has a name, by position in a
+        product of as many bands. The names of a VRT's bands may be those of its files."""
+        texts = list(self.tif.descriptions)
+        if self.tif.driver == "VRT" and not any(texts):
+            sources = [str(self.tif.tags(number, ns="vrt_sources")) for number in self.tif.indexes]
+            files = [re.sub(".*/|</SourceFilename.*|.*>", "", source) for source in sources]
+            texts = [file if BAND.search(file.upper()) else None for file in files]
+        names = [band_name(text) for text in texts]
+        for product in (self.bands, S1_BANDS, S2_BANDS, L2A_BANDS):
+            if not any(names) and len(product) == len(names):
+                names = [band_name(band) for band in product]
+        wanted = [band_name(band) for band in self.bands]
+        if "" in names or any(names.count(name) != 1 for name in wanted):
+            raise DataError(f"{self.name}: {len(texts)} bands, {' '.join(map(str, texts))}; needed "
+                            f"are {' '.join(self.bands)}: name them, or see legend.json in README")
+        return [names.index(name) + 1 for name in wanted]
+
+    def read(self, window=None):
+        """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. Not there is what the
+        nodata value or a mask says of any band, what is not finite in any, and what is 0 in all."""
+        with reading(self.tif.name):
+            image = self.tif.read(self.numbers, window=window, masked=self.tif.nodata != 0)
+        image, masked = np.ma.getdata(image), np.ma.getmaskarray(image)
+        there = image.any(0) & ~masked.any(0)  # the edge of many products is 0, often untagged
+        if image.dtype.kind == "f":
+            there &= np.isfinite(image).all(0)
+        return image, there
+
+    def judge(self, image, there):
+        """Find the offset: 1,000 where the band of cirrus shows it, since products of 2022 and
+        later hold reflectance x 10,000 + 1,000. DataError for other units."""
+        seen = image.reshape(len(image), -1) if there.all() else image[:, there]
+        low, high = seen.min(), seen.max()
+        unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
+        if self.sensor == "s2":
+            unit, plausible = "reflectance x 10,000", 0 <= low and 2 < high <= 65_535
+            plausible = plausible and seen.dtype != np.uint8
+        if not plausible:
+            raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: convert "
+                            "it, or tag what stands for no data: gdal_edit.py -a_nodata")
+        if self.offset is None or self.sensor == "s1":
+            cirrus = seen[self.bands.index("B10")].min() if "B10" in self.bands else 0
+            self.offset = 1000 if cirrus >= 1000 else 0
+        self.judged = True
+
+    def values(self, window=None):
+        """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
+        models.to_input() takes it. The first window that shows something is judged, and what was
+        found is printed. window: rasterio's; None: all."""
+        image, there = self.read(window)
+        if there.any() and not self.judged:
+            self.judge(image, there)
+            doubt = self.sensor == "s2" and image.max() <= 255
+            tqdm.write(f"{self.name}: {' '.join(self.bands)} are bands {self.numbers}, no data is "
+                       f"{self.tif.nodata}, {self.offset:,} is subtracted"
+                       f"{'; so dark: is it reflectance x 10,000?' * doubt}")
+        image = image.astype(np.float32) - (self.offset or 0)
+        image[:, ~there] = np.nan
+        return image
+
+
+def refuse_other_grid(one, other):
+    """DataError where two open rasters say that they do not lie on one grid: what differs, and how
+    to warp the first. One that says nothing is believed to lie where the other does."""
+    differ = []
+    if one.shape != other.shape:
+        differ.append(f"{one.width} x {one.height} and {other.width} x {other.height} px")
+    if one.crs and other.crs and one.crs != other.crs:
+        differ.append(f"{one.crs} and {other.crs}")
+    elif not (one.transform.is_identity or other.transform.is_identity):
+        right, down = one.width, one.height
+        corners = np.array([[0, right, 0, right], [0, 0, down, down], [1, 1, 1, 1]])
+        of_one, of_other = (np.reshape(tif.transform, (3, 3)) for tif in (one, other))
+        apart = np.abs(np.linalg.pinv(of_other) @ of_one @ corners - corners).max()
+        if apart > 1e-3:
+            differ.append(f"{apart:.4g} px apart")
+    if differ:
+        raise DataError(f"{one.name}, {other.name}: not on one grid: {'; '.join(differ)}. Warp: rio "
+                        f"warp {one.name} WARPED.tif --like {other.name} --resampling bilinear")
+
+
+def place_of(name):
+    """Path of a raster in a tree -> id, split and scene of its patch, and the sensor `s1`, `s2` or
+    `classes`; None where it is of neither layout."""
+    if match := ROI.fullmatch(name):
+        season, split, sensor, scene, number = match.groups()
+        scene = f"{season}_{scene}"
+        return f"{scene}_{number}", split, scene, sensor.lower().replace("dfc", "classes")
+    if match := PLAIN.fullmatch(name):
+        above, sensor, below = match.groups("")
+        *folders, _ = (above + below).split("/")
+        splits = [SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS]
+        scene = "/".join(folders) if len(folders) > len(splits) else above + below
+        return above + below, "".join(splits[:1]), scene, sensor.lower()
+    return None
+
+
 def find_pairs(tree):
     """-> list of {"id", "split", "scene", and the paths "s1", "s2", "classes" that are there}."""
     found = defaultdict(dict)
-    names = glob.iglob("**/*.tif*", root_dir=tree, recursive=True)
-    for name in tqdm(names, desc="looking for files", delay=1):
-        path = f"{tree}/{name}"
-        if match := ROI_FILE.fullmatch(f"/{name}"):
-            season, split, sensor, scene, number = match.groups()
-            scene = f"{season}_{scene}"
-            patch, sensor = f"{scene}_{number}", sensor.replace("dfc", "classes")
-        elif match := PLAIN_FILE.fullmatch(f"/{name}"):
-            split, sensor, patch = match.groups("")
-            split = split.replace("train", "validation")  # as DFC2020 names it
-            patch = f"{split}/{patch}".lstrip("/")
-            scene = os.path.dirname(patch) if "/" in match[3] else patch
-        else:
-            continue
-        if sensor in found[patch]:
-            raise DataError(f"{found[patch][sensor]}, {path}: the same patch: remove one")
-        found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
+
+    def refuse(error):
+        raise error
+
+    walk = os.walk(tree, onerror=refuse, followlinks=True)
+    for folder, folders, names in tqdm(walk, "looking into folders", delay=1):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in [f"{folder}/{name}" for name in names if RASTER.fullmatch(name)]:
+            if not (place := place_of(os.path.relpath(path, tree))):
+                continue
+            patch, split, scene, sensor = place
+            if sensor in found[patch]:
+                raise DataError(f"{found[patch][sensor]}, {path}: both {sensor} of {patch}: is one "
+                                "a link or a copy? Move it elsewhere")
+            if path.encode(errors="replace") != os.fsencode(path):
+                raise DataError(f"{path!a}: a name that is not UTF-8: rename it")
+            found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
     if not any(pair.keys() >= {"s1", "s2"} for pair in found.values()):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and ROIs"
                         "1158_spring_s2_1_p30.tif, or s1/NAME.tif and s2/NAME.tif: see README")
@@ -105,8 +244,7 @@ def find_pairs(tree):
 def read_legend(tree):
     """-> {"s1": bands, "s2": bands or None for SEN12MS's, "classes": {code: name}}: what the
     legend.json of a tree says, else as in SEN12MS and DFC2020. Several codes may be one class."""
-    legend = {"s1": S1_BANDS, "s2": None, "classes": DFC_CODES.items()}
-    path = Path(tree, "legend.json")
+    legend, path = {"s1": S1_BANDS, "s2": None, "classes": DFC_CODES.items()}, Path(tree, "legend.json")
     try:
         if path.exists():
             legend |= json.loads(path.read_text(), object_pairs_hook=list)
@@ -122,56 +260,28 @@ def read_legend(tree):
     return legend
 
 
-def read_tif(path, kind, *shape):
-    """-> array of this kind and (bands, height, width); DataError: why this file is none."""
-    try:
-        with rasterio.open(path) as tif:
-            dtype, found = tif.dtypes[0], (tif.count, *tif.shape)
-            if found == shape and dtype.startswith(kind):
-                return tif.read()
-    except rasterio.errors.RasterioError:
-        raise DataError(f"{Path(path).name}: cannot be read, truncated or not a TIFF") from None
-    raise DataError(f"{Path(path).name}: {dtype} {found} of bands, height, width; not {kind[-1]} "
-                    f"{shape}")
-
-
-def read_patch(pair, plan):
-    """-> s1 int16 (C1, H, W) in 1/100 dB, s2 uint16 (C2, H, W) reflectance x 10,000, classes uint8
-    (H, W) and the offset that was subtracted from s2; raises DataError for a bad patch."""
-    names, size, offset = plan["bands"]["s2"], plan["size"], plan["s2_offset"]
-    if lacking := [sensor for sensor in ("s1", "s2") if sensor not in pair]:
-        raise DataError(f"no {lacking[0]} file")
-    s1 = read_tif(pair["s1"], ("float",), len(plan["bands"]["s1"]), *size)
-    s2 = read_tif(pair["s2"], ("uint", "int"), len(names), *size)
-    codes = np.full((1, *size), -1)  # no label
-    if "classes" in pair:
-        codes = read_tif(pair["classes"], ("uint", "int"), 1, *size)
-    for sensor, bad, reason in (
-            ("s1", not np.isfinite(s1).all(), "NaN or infinite values"),
-            ("s1", s1.min() >= 0, "never below 0, so not in dB: 10 log10 of power is"),
-            ("s2", s2.min() < 0 or s2.max() > 65535, "values outside 0..65535"),
-            ("s2", not s2.any(), "all zero (nodata)")):
-        if bad:
-            raise DataError(f"{Path(pair[sensor]).name}: {reason}")
-    if offset is None:  # products since 2022 hold reflectance x 10,000 + 1,000, cirrus else near 0
-        offset = 1000 if "B10" in names and s2[names.index("B10")].min() >= 1000 else 0
-    s1 = np.rint(s1 * 100).clip(-32767, 32767).astype(np.int16)
-    s2 = np.maximum(s2.astype(np.uint16), offset) - offset
-    return s1, s2, classes_from_codes(codes[0], plan["codes"]), offset
+def usual_kind(pairs, bands):
+    """-> (bands, (H, W)) of most of some hundred S2 files of a tree. bands: names; None: those of
+    SEN12MS or, without cirrus, of L2A. Raises DataError."""
+    paths, found = [pair["s2"] for pair in pairs if "s2" in pair], Counter()
+    for path in paths[::math.ceil(len(paths) / 100)]:
+        for product in [bands] if bands else [S2_BANDS, L2A_BANDS]:
+            try:
+                found[tuple(product), Raster(path, "s2", product).tif.shape] += 1
+                break
+            except DataError as error:
+                reason = error
+    if not found:
+        raise reason
+    return found.most_common(1)[0][0]
 
 
 def make_plan(tree, pairs, s2_offset):
     """What a packing is to hold: the same at every start of it, and in the end in index.json."""
-    legend, root, count, size = read_legend(tree), Path(tree).resolve(), 0, ()
-    for first in [pair["s2"] for pair in pairs if "s2" in pair]:  # that can be opened
-        with contextlib.suppress(rasterio.errors.RasterioError), rasterio.open(first) as tif:
-            count, size = tif.count, tif.shape
-            break
-    bands = legend["s2"] or (L2A_BANDS if count == len(L2A_BANDS) else S2_BANDS)
-    if count != len(bands):
-        raise DataError(f"{first}: {count} bands, not {bands}: see legend.json in the README")
+    legend, root = read_legend(tree), Path(tree).resolve()
+    bands, size = usual_kind(pairs, legend["s2"])
     near = (root, *root.parents, *root.glob("*/"))
-    plan = {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": bands},
+    plan = {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": list(bands)},
             "size": list(size), "classes": list(dict.fromkeys(legend["classes"].values())),
             "codes": legend["classes"], "labelled": any("classes" in pair for pair in pairs),
             "s2_offset": s2_offset,
@@ -181,13 +291,41 @@ def make_plan(tree, pairs, s2_offset):
     return plan
 
 
+def read_patch(pair, plan):
+    """-> s1 int16 (C1, H, W) in 1/100 dB, s2 uint16 (C2, H, W) reflectance x 10,000, classes uint8
+    (H, W), and the offset that was subtracted from s2. A pixel that is not there is MISSING in s1,
+    0 in s2. Raises DataError for a bad patch."""
+    if lacking := {"s1", "s2"} - pair.keys():
+        raise DataError(f"no {min(lacking)} file")
+    rasters, images = {}, {"classes": np.full((1, *plan["size"]), -1)}  # no label
+    for sensor, nothing in (("s2", 0), ("s1", np.float32(MISSING / 100)), ("classes", -1)):
+        if sensor not in pair:
+            continue
+        bands, offset = plan["bands"].get(sensor), plan["s2_offset"]
+        raster = rasters[sensor] = Raster(pair[sensor], sensor, bands, offset)
+        if list(raster.tif.shape) != plan["size"]:
+            raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
+        refuse_other_grid(raster.tif, rasters["s2"].tif)
+        image, there = raster.read()
+        if sensor == "classes":
+            there |= image[0] == 0  # a code as others are
+        elif 2 * there.sum() < there.size:
+            raise DataError(f"{raster.name}: {1 - there.mean():.0%} of it is missing")
+        else:
+            raster.judge(image, there)
+        images[sensor] = image if there.all() else np.where(there, image, nothing)
+    s1, offset = np.rint(images["s1"] * 100).astype(np.int16), rasters["s2"].offset
+    s2 = np.maximum(np.rint(images["s2"]).astype(np.uint16), offset) - offset
+    return s1, s2, classes_from_codes(images["classes"][0], plan["codes"]), offset
+
+
 def layout(plan):
     """-> {file name: (data type, shape)} of a store's arrays."""
     count, size, s1, s2 = len(plan["ids"]), plan["size"], *map(len, plan["bands"].values())
     record = [("state", "u1"),  # 1: the row is whole; 0: not yet, or bad
               ("offset", "<u2"),  # subtracted from S2
               ("pixels", "<u4", len(plan["classes"]) + 1),  # per class, the last for 255
-              *((key, "<f8", s1 + s2) for key in ("mean", "variance", "lowest", "highest"))]
+              *((key, "<f8", s1 + s2) for key in STATISTICS)]  # per band, S1's first
     arrays = {"s1.npy": ("<i2", (count, s1, *size)), "s2.npy": ("<u2", (count, s2, *size))}
     if plan["labelled"]:
         arrays["classes.npy"] = "u1", (count, *size)
@@ -195,58 +333,80 @@ def layout(plan):
 
 
 def make_arrays(store, plan):
-    """All zero, with their place on the disk: a full one would kill whoever writes to the map."""
-    arrays = layout(plan).items()
+    """All zero: images without a place on the disk until their rows are written, records with."""
+    *images, (name, (dtype, shape)) = layout(plan).items()
+    for image, (kind, size) in images:
+        np.lib.format.open_memmap(store / image, "w+", kind, size)
+    np.save(store / name, np.zeros(shape, dtype))  # a full disk would kill who writes to its map
+
+
+def statistics(image, unit):
+    """(c, h, w) integers of a store -> STATISTICS of each band, in the unit."""
+    there, rows = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
+    for band in image:
+        band = band.ravel() if there.all() else band[there]
+        floats = band.astype(float)  # of one band: the processor's cache holds it
+        count, total, squares = len(band), int(floats.sum()), int(floats @ floats)
+        variance = (count * squares - total**2) / count**2  # of integers: nothing is rounded
+        values = total / count / unit, variance / unit**2, band.min() / unit, band.max() / unit
+        rows.append((count, *values))
+    return rows
+
+
+def pack_row(row, pairs, plan, arrays, records):
+    """Read, judge and write a pair -> its row, and why it was left out or None."""
     try:
-        for name, (dtype, shape) in arrays:
-            array = np.lib.format.open_memmap(store / name, "w+", dtype, shape)
-            with open(store / name, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, array.offset + array.nbytes)
-    except OSError as error:
-        for file in store.glob("*.npy"):
-            file.unlink()
-        size = sum(math.prod(shape) * np.dtype(kind).itemsize for _, (kind, shape) in arrays)
-        raise DataError(f"{store}: {error.strerror}, and it takes {size:,} bytes: make room, or "
-                        "choose another folder") from None
+        *images, offset = read_patch(pairs[row], plan)
+    except DataError as reason:
+        return row, str(reason)
+    for (file, array), image in zip(arrays, images):  # a map of memory takes longer to write
+        start = array.offset + row * image.nbytes
+        if os.pwrite(file.fileno(), image.tobytes(), start) < image.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
+    s1, s2, classes = images
+    pixels = np.bincount(classes.ravel(), minlength=256)[[*range(len(plan["classes"])), IGNORE]]
+    records[row] = 0, offset, pixels, *np.transpose(statistics(s1, 100) + statistics(s2, 1))
+    return row, None
 
 
 def fill(store, pairs, plan, threads, max_bad):
-    """Read, judge and write the pairs whose rows are not whole, and at last index.json."""
-    *images, records = arrays = [np.load(store / name, mmap_mode="r+") for name in layout(plan)]
-    numbers, left_out, whole = [*range(len(plan["classes"])), IGNORE], {}, []
+    """Pack the pairs whose rows are not whole -> {id: reason} of those left out."""
+    *names, _ = layout(plan)
+    files = [open(store / name, "r+b") for name in names]  # noqa: SIM115
+    maps = [np.load(store / name, mmap_mode="r") for name in names]
+    records = np.load(store / "patches.npy", mmap_mode="r+")
+    left_out, whole, rows = {}, [], np.flatnonzero(records["state"] == 0)
 
-    def pack_row(row):
-        try:
-            s1, s2, classes, offset = read_patch(pairs[row], plan)
-        except DataError as reason:
-            return row, str(reason)
-        for image, values in zip(images, (s1, s2, classes)):
-            image[row] = values
-        x = np.concatenate((s1, s2), dtype=float).reshape(len(s1) + len(s2), -1)
-        x[:len(s1)] /= 100  # dB
-        pixels = np.bincount(classes.ravel(), minlength=256)[numbers]
-        records[row] = 0, offset, pixels, x.mean(1), x.var(1), x.min(1), x.max(1)
-        return row, None
+    def settle():
+        for file in files:  # rows before states: a power cut leaves no state alone
+            os.fsync(file.fileno())
+        records.flush()
+        records["state"][whole] = 1
+        whole.clear()
 
-    rows = np.flatnonzero(records["state"] == 0)
-    with contextlib.closing(ahead(pack_row, rows, threads, SETTLE)) as results:
+    work = functools.partial(
+        pack_row, pairs=pairs, plan=plan, arrays=[*zip(files, maps)], records=records)
+    with contextlib.closing(ahead(work, rows, threads, SETTLE)) as results:
         for row, reason in tqdm(results, "packing", len(rows), unit="patch"):
             if reason:
                 left_out[pairs[row]["id"]] = reason
             else:
                 whole.append(row)
-            if len(whole) == SETTLE or row == rows[-1]:
-                for array in arrays:  # rows before states: a power cut leaves no state alone
-                    array.flush()
-                records["state"][whole], whole = 1, []
             if len(left_out) > min(max_bad * len(pairs), len(pairs) - 1):
                 raise DataError(f"{store}: {len(left_out)} of {len(pairs)} patches cannot be used, "
                                 f"--max-bad allows {max_bad:.1%}: {[*left_out.items()][:5]}. Mend "
                                 "them and start again, or allow more")
-    content = json.dumps(plan).encode() + records.tobytes()
-    index = {**plan, "left_out": left_out, "identity": hashlib.sha256(content).hexdigest()[:12],
-             "s2_offsets": int(np.count_nonzero(records["offset"]))}
+            if len(whole) == SETTLE:
+                settle()
+    settle()
     records.flush()
+    return left_out
+
+
+def write_index(store, plan, left_out):
+    """index.json, the last act of a packing."""
+    content = json.dumps(plan).encode() + np.load(store / "patches.npy").tobytes()
+    index = {**plan, "left_out": left_out, "identity": hashlib.sha256(content).hexdigest()[:12]}
     with open(store / "index.part", "w") as part:
         part.write(json.dumps(index))
         part.flush()
@@ -280,6 +440,8 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     packing, index = store / "packing.json", store / "index.json"
     other = DataError(f"{store}: holds other files, or was packed from another tree or with other "
                       "options: choose another folder, or remove it")
+    if index.exists():
+        print(f"{store}: finished before; remove it to pack files that have changed since")
     store.mkdir(parents=True, exist_ok=True)
     if any(store.iterdir()) and not (packing.exists() or index.exists()):
         raise other
@@ -296,7 +458,7 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
             if not index.exists():
                 if packing.read_text() != text:
                     raise other
-                fill(store, pairs, plan, threads, max_bad)
+                write_index(store, plan, fill(store, pairs, plan, threads, max_bad))
             packing.unlink()
     patches = Patches(store)
     if not plan.items() <= patches.index.items():
@@ -307,62 +469,58 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
 class Patches:
     """N co-registered patches of one size in a store; a bad one has a row that no list of rows has.
 
-    ids, scenes: lists of str. splits: (N,) a season, `validation`, `test` or "". rows: of the good
-    patches. labels: (N,) most frequent class of the patch, 255 for none; None without class maps.
-    size: [H, W]. bands: {"s1": names, "s2": names} as selected. classes: names. simulated: bool.
+    ids, scenes: lists of str. splits: (N,) a season, `train`, `validation`, `test` or "". rows: of
+    the good patches. labels: (N,) most frequent class of the patch, 255 for none; None without
+    class maps. size: [H, W]. bands: {"s1": names, "s2": names} as selected. classes: names.
     identity: 12 hexadecimal digits, others for other patches, pixels or options of packing.
     """
 
     def __init__(self, path, bands=None):
         """bands: only these, by name and in this order. Raises DataError."""
         try:
-            self.index = json.loads(Path(path, "index.json").read_text())
-            if self.index["format"] != STORE_FORMAT:
-                raise ValueError(f"format {self.index['format']}, this version has {STORE_FORMAT}")
-            maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(self.index)]
+            index = json.loads(Path(path, "index.json").read_text())
+            if index["format"] != STORE_FORMAT:
+                raise ValueError(f"format {index['format']}, this version has {STORE_FORMAT}")
+            maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(index)]
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             raise DataError(f"{path}: not a whole store ({error}): of a folder of GeoTIFFs `python "
                             f"data.py pack {path} STORE` makes one, and finishes what broke off; "
                             "README says where SEN12MS is, and how to simulate data") from None
-        vars(self).update(self.index)  # ids, scenes, classes, size, left_out, simulated, ...
+        self.path, self.index, self.identity = str(path), index, index["identity"]
+        self.ids, self.scenes, self.splits = index["ids"], index["scenes"], np.array(index["splits"])
+        self.size, self.classes, self.left_out = index["size"], index["classes"], index["left_out"]
+        self.labelled, self.simulated = index["labelled"], index["simulated"]
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
         self.files = [open(array.filename, "rb") for array in maps]  # noqa: SIM115
-        self.path, self.splits, self.cached = str(path), np.array(self.splits), None
+        self.starts = [array.offset for array in maps]  # of the first row in its file
         self.rows = np.flatnonzero(self.records["state"])
         label = self.records["pixels"].argmax(1)
         label[(label == len(self.classes)) | (self.records["state"] == 0)] = IGNORE
         self.labels = label if self.labelled else None
-        stored = self.bands
+        stored = index["bands"]
         bands = bands or stored["s1"] + stored["s2"]
         if unknown := [band for band in bands if band not in stored["s1"] + stored["s2"]]:
             raise DataError(f"{path}: no band {' '.join(unknown)}, see --bands; it has {stored}")
         self.bands = {key: [band for band in bands if band in stored[key]] for key in stored}
-        self.picks = [[*map(stored[key].index, self.bands[key])] for key in stored]
-        self.picks += [[0]] * self.labelled  # the class map
+        self.picks = [[*map(stored[key].index, self.bands[key])] for key in stored] + [[0]]
 
     def rows_of(self, *splits):
         """Good rows of these splits."""
         return self.rows[np.isin(self.splits[self.rows], splits)]
 
     def stats(self, rows):
-        """Mean and standard deviation of each selected band over all pixels of some rows, as for
-        to_input: {"s1": {"mean", "std"}, "s2": ...}, S1 in dB, S2 reflectance x 10,000."""
-        mean, variance = self.records["mean"][rows], self.records["variance"][rows]
-        std, stats = np.sqrt(variance.mean(0) + mean.var(0)), {}
-        stored = self.index["bands"]["s1"] + self.index["bands"]["s2"]
-        for sensor, bands in self.bands.items():
-            at = [stored.index(band) for band in bands]
-            stats[sensor] = {"mean": mean.mean(0)[at].tolist(), "std": std[at].tolist()}
+        """Mean and standard deviation of each selected band over the pixels of some rows that are
+        there, for to_input: {"s1": {"mean", "std"}, "s2": ...}, dB and reflectance x 10,000."""
+        count, mean, variance = (self.records[key][rows] for key in STATISTICS[:3])
+        average = np.average(mean, 0, count)
+        std = np.sqrt(np.average(variance + (mean - average) ** 2, 0, count))
+        at, stats = 0, {}
+        for sensor, picks in zip(self.bands, self.picks):
+            of_bands = np.array(picks, int) + at
+            stats[sensor] = {"mean": average[of_bands].tolist(), "std": std[of_bands].tolist()}
+            at = len(self.index["bands"]["s1"])  # S2 follows in a record
         return stats
-
-    def hold(self, device):
-        """Keep the selected bands on the device, where a batch is one operation. -> self"""
-        self.cached = []
-        for array, picks in zip(self.arrays, self.picks):
-            signed = array[:, picks].view(f"i{array.itemsize}")  # torch lacks unsigned ones
-            self.cached.append(torch.from_numpy(signed).to(device))
-        return self
 
 
 def split_scenes(patches, share):
@@ -406,40 +564,44 @@ def grid_crops(rows, size, crop, batch_size, middle=False):
     return [tuple(values[k:k + batch_size] for values in every) for k in starts]
 
 
+copy_stream = functools.cache(torch.cuda.Stream)  # one a GPU: torch keeps memory for each
+
+
+def cut(patches, batch, crop, kinds, pin_memory):
+    """Crops at (rows, tops, lefts) -> (B, c, crop, crop) tensors, one of each kind of data."""
+    crops, (rows, tops, _) = [], batch
+    stored = zip(kinds, patches.arrays, patches.picks, patches.files, patches.starts)
+    for kind, array, picks, file, start in stored:
+        row, plane, line, _ = array.strides
+        lines = start + (rows * row + tops * line)[:, None] + np.multiply(picks, plane)
+        for first in lines.ravel().tolist():  # by pages, disks are slow
+            os.posix_fadvise(file.fileno(), first, crop * line, os.POSIX_FADV_WILLNEED)
+        shape = len(rows), len(picks), crop, crop
+        crops.append(torch.empty(shape, dtype=kind, pin_memory=pin_memory))
+        if picks == list(range(array.shape[1])):
+            picks = slice(None)  # no copy between, as a list makes one
+        for image, row, top, left in zip(crops[-1].numpy(), *batch):
+            image[:] = array[row, picks, top:top + crop, left:left + crop]
+    return crops
+
+
 def loader(patches, batches, crop, device="cpu", threads=None, classes=False):
     """Crops for batches of (rows, tops, lefts), cut ahead of their use by threads, of whose number
     order and content do not depend. Yields fresh s1 int16 (B, c1, crop, crop), s2 uint16 (B, c2,
     crop, crop), classes uint8 (B, crop, crop) or None if not asked for, on the device; the rows."""
-    stream = torch.cuda.Stream(device) if torch.device(device).type == "cuda" else None
+    stream = copy_stream(device) if torch.device(device).type == "cuda" else None
     kinds = (torch.int16, torch.uint16, torch.uint8)[:2 + classes]
 
-    def cut(batch):
-        if stream:
-            torch.cuda.set_device(stream.device)  # each thread begins with the first GPU
-        crops = []
-        for kind, array, picks, file in zip(kinds, patches.arrays, patches.picks, patches.files):
-            of_row, header = array.strides[0], os.fstat(file.fileno()).st_size - array.nbytes
-            for start in [header + row * of_row for row in batch[0]]:  # by pages, disks are slow
-                os.posix_fadvise(file.fileno(), start, of_row, os.POSIX_FADV_WILLNEED)
-            shape = len(batch[0]), len(picks), crop, crop
-            crops.append(torch.empty(shape, dtype=kind, pin_memory=bool(stream)))
-            if picks == list(range(array.shape[1])):
-                picks = slice(None)  # no copy between, as a list makes one
-            for image, row, top, left in zip(crops[-1].numpy(), *batch):
-                image[:] = array[row, picks, top:top + crop, left:left + crop]
+    def deliver(batch):
+        if not stream:
+            return batch[0], cut(patches, batch, crop, kinds, False), None
+        torch.cuda.set_device(stream.device)  # each thread begins with the first GPU
+        crops = cut(patches, batch, crop, kinds, True)
         with torch.cuda.stream(stream):  # beside the computing; torch uses pinned memory again
             crops = [tensor.to(device, non_blocking=True) for tensor in crops]
-        return batch[0], crops, stream and stream.record_event()
+        return batch[0], crops, stream.record_event()
 
-    def cut_cached(batch):
-        at = torch.from_numpy(np.stack(batch))
-        rows, tops, lefts = (at.pin_memory() if stream else at).to(device, non_blocking=True)
-        windows = [tensor.unfold(2, crop, 1).unfold(3, crop, 1) for tensor in patches.cached]
-        crops = [window[rows, :, tops, lefts].view(kind) for window, kind in zip(windows, kinds)]
-        return batch[0], crops, None
-
-    cuts = map(cut_cached, batches) if patches.cached else ahead(cut, batches, threads)
-    for rows, crops, copied in cuts:
+    for rows, crops, copied in ahead(deliver, batches, threads):
         if copied:
             computing = torch.cuda.current_stream(device)
             computing.wait_event(copied)
@@ -462,18 +624,31 @@ def composite(s2, bands):
 def check(patches):
     """Print what a store holds, beside what was published, and what was left out."""
     print("published: SEN12MS 180,662 patches in four seasons; DFC2020 986 validation, 5,128 test")
-    for split, count in Counter(patches.splits[patches.rows]).items():
+    records, splits = patches.records[patches.rows], patches.splits[patches.rows]
+    for split, count in Counter(splits).items():
         print(f"{split or 'patches'}: {count:,}")
+    if {*splits} >= {*TRAINED_ON}:
+        print("classifiers learn from train and validation; move away what they should not see")
     labels = Counter(patches.labels[patches.rows].tolist() if patches.labelled else ())
     names = [*patches.classes, *["no label"] * IGNORE]
     for number, count in sorted(labels.items()):
         print(f"{count:>8,} {names[number]}")
-    print("band      lowest   highest      mean   (S1 in dB, S2 reflectance x 10,000)")
-    records, bands = patches.records[patches.rows], patches.bands["s1"] + patches.bands["s2"]
-    numbers = records["lowest"].min(0), records["highest"].max(0), records["mean"].mean(0)
-    for band in zip(bands, *numbers):
-        print("{:<6}{:>10.2f}{:>10.2f}{:>10.2f}".format(*band))
-    print(f"S2 offset subtracted (baseline 04.00 and later): {patches.s2_offsets}")
+    print("band      lowest   highest      mean   missing   (S1 in dB, S2 reflectance x 10,000)")
+    lowest, highest = records["lowest"].min(0), records["highest"].max(0)
+    missing = 1 - records["count"] / math.prod(patches.size)
+    means = [mean for sensor in patches.stats(patches.rows).values() for mean in sensor["mean"]]
+    bands = patches.bands["s1"] + patches.bands["s2"]
+    for band in zip(bands, lowest, highest, means, missing.mean(0)):
+        print("{:<6}{:>10.2f}{:>10.2f}{:>10.2f}{:>10.2%}".format(*band))
+    print(f"patches with missing pixels: {np.count_nonzero(missing.any(1)):,}")
+    if highest[-1] <= 255:
+        print("S2 is never above 255: is it reflectance x 10,000?")
+    print(f"S2 offset subtracted (baseline 04.00 and later): {np.count_nonzero(records['offset'])}")
+    first = {}
+    for row, mean in zip(patches.rows, records["mean"]):
+        other = first.setdefault(mean.tobytes(), row)
+        if patches.splits[other] != patches.splits[row]:
+            print(f"the same pixels in two splits: {patches.ids[other]}, {patches.ids[row]}")
     print(f"left out: {len(patches.left_out)}", *map(": ".join, patches.left_out.items()), sep="\n")
 
 

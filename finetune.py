@@ -267,75 +267,29 @@ def report(folder):
     print(f"wrote tables.md and label_fraction.png in {folder}")
 
 
-def band_names(raster, needed):
-    """Names of a raster's bands: its own or, where these are not those needed, of a product with as
-    many bands. DataError where none fits."""
-    for names in (raster.descriptions, needed, data.S1_BANDS, data.S2_BANDS, data.L2A_BANDS):
-        if len(names) == raster.count and {*needed} <= {*names}:
-            return list(names)
-    raise data.DataError(f"{raster.name}: {raster.count} bands, named {raster.descriptions}; the "
-                         f"classifier needs {needed}: name them in the file")
-
-
-def refuse_other_grid(one, other):
-    """DataError for two rasters that do not lie on one grid: what differs, and how to warp one."""
-    grids = []
-    for raster in (one, other):
-        corner = [round(number, 6) for number in raster.transform[:6]]
-        grids.append([str(raster.crs), corner, f"{raster.width} x {raster.height} px"])
-    if differ := [f"{a} and {b}" for a, b in zip(*grids) if a != b]:
-        left, bottom, right, top = other.bounds
-        raise data.DataError(
-            f"{one.name}, {other.name}: not on one grid: {'; '.join(differ)}. Warp: gdalwarp "
-            f"-t_srs {other.crs} -te {left} {bottom} {right} {top} -ts {other.width} "
-            f"{other.height} -r bilinear {one.name} WARPED.tif")
-
-
 def open_scene(args, content):
-    """-> {sensor: (open raster, names of its bands)} of what a classifier looks at, on one grid.
-    DataError where a raster does not fit."""
+    """-> {sensor: data.Raster} of what a classifier looks at, on one grid. DataError where a raster
+    does not fit."""
     scene = {}
     for sensor, needed in content["bands"].items():
         if sensor in "+".join(models.METHODS[content["method"]]["inputs"]):
             path = vars(args)[sensor]
             if not path:
                 raise data.DataError(f"--{sensor}: the classifier needs a GeoTIFF of {needed}")
-            raster = rasterio.open(path)
-            scene[sensor] = raster, band_names(raster, needed)
+            scene[sensor] = data.Raster(path, sensor, needed, args.s2_offset)
     if len(scene) == 2:
-        refuse_other_grid(scene["s1"][0], scene["s2"][0])
+        data.refuse_other_grid(scene["s1"].tif, scene["s2"].tif)
     return scene
-
-
-def offset_of(scene):
-    """What to subtract from a scene's S2: by its cirrus band, as packing does with a patch."""
-    raster, names = scene.get("s2", (None, ()))
-    if "B10" in names:
-        cirrus = raster.read(names.index("B10") + 1, masked=True).filled(0)
-        if cirrus.any() and cirrus[cirrus > 0].min() >= 1000:
-            print(f"{raster.name}: B10 shows baseline 04.00: 1,000 is subtracted (--s2-offset 0)")
-            return 1000
-    return 0
 
 
 def read_strip(scene, bands, window):
     """A window of a scene -> S1 and S2 (c, h, w) float32, NaN where there is no data, 0 if the
-    classifier does not look at it; (h, w) bool: a sensor has none there, which is NaN or the
-    raster's nodata value in a band, or 0 in all."""
-    shape = window.height, window.width
-    images = {sensor: np.zeros((len(names), *shape), "f4") for sensor, names in bands.items()}
-    missing = np.zeros(shape, bool)
-    for sensor, (raster, names) in scene.items():
-        numbers = [names.index(band) + 1 for band in bands[sensor]]
-        image = raster.read(numbers, window=window, masked=raster.nodata != 0, out_dtype="f4")
-        image = np.ma.filled(image, np.nan)
-        empty = ~(np.isfinite(image).all(0) & image.any(0))
-        image[:, empty] = np.nan
-        if sensor == "s1" and (~empty).sum() > 10_000 and not (image < 0).any():
-            raise data.DataError(f"{raster.name}: never below 0, so not in dB (10 log10 of power)")
-        images[sensor] = image
-        missing |= empty
-    return [*images.values()], missing
+    classifier does not look at it; (h, w) bool: a sensor has none there."""
+    shape, images = (window.height, window.width), []
+    for sensor, names in bands.items():
+        blank = np.zeros((len(names), *shape), np.float32)
+        images.append(scene[sensor].values(window) if sensor in scene else blank)
+    return images, np.isnan(np.concatenate(images)).any(0)
 
 
 def windows(length, crop, step):
@@ -368,7 +322,7 @@ def map_strips(args, content, model, scaling, scene, step):
     """Yield a map from top to bottom, the next part of the scene read beside the computing: number
     of the first line, values (bands, lines, width) uint8, 255 for no data."""
     model, crop = model.to(args.device, memory_format=torch.channels_last), content["crop"]
-    raster, _ = scene.get("s2") or scene["s1"]
+    raster = (scene.get("s2") or scene["s1"]).tif
     tops, ends = windows(raster.height, crop, step)
     lefts, right_ends = windows(raster.width, crop, step)
     n = max(1, STRIP // step)  # lines of windows
@@ -399,22 +353,21 @@ def write_map(args):
     model, scaling, _ = models.load_classifier(content)
     names, crop, multi = content["classes"], content["crop"], content["task"] == "multi"
     scene, step = open_scene(args, content), args.step or crop // 2
-    raster, _ = scene.get("s2") or scene["s1"]
+    raster = (scene.get("s2") or scene["s1"]).tif
     if not step <= crop <= min(raster.shape):
         raise data.DataError(
             f"{raster.name}: {raster.width} x {raster.height} px, --step {step}: the windows of "
             f"the classifier are {crop} x {crop} px: give a larger scene or a smaller step")
+    for path in filter(None, (args.s1, args.s2, args.classifier)):
+        if args.map.resolve() == Path(path).resolve():
+            raise data.DataError(f"--map {args.map}: would overwrite {path}: choose another name")
     part = args.map.with_suffix(".part.tif")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        scaling["s2_offset"] = offset_of(scene) if args.s2_offset is None else args.s2_offset
         with rasterio.open(
                 part, "w", driver="GTiff", dtype="uint8", nodata=255, compress="deflate",
                 height=raster.height, width=raster.width, count=len(names) if multi else 1,
                 crs=raster.crs, transform=raster.transform) as tif:
-            tags = {key: content[key] for key in ("method", "task", "simulated")}
-            tags |= {f"class_{number}": name for number, name in enumerate(names)}
-            tif.update_tags(**tags, s2_offset=scaling["s2_offset"])
             if multi:
                 tif.descriptions = [f"{name}, %" for name in names]
             else:
@@ -422,6 +375,9 @@ def write_map(args):
                 tif.write_colormap(1, dict(zip(range(len(names)), itertools.cycle(colours))))
             for top, values in map_strips(args, content, model, scaling, scene, step):
                 tif.write(values, window=Window(0, top, raster.width, values.shape[1]))
+            tags = {key: content[key] for key in ("method", "task", "simulated")}
+            tags |= {f"class_{number}": name for number, name in enumerate(names)}
+            tif.update_tags(**tags, s2_offset="s2" in scene and scene["s2"].offset or 0)
         with rasterio.open(part) as tif:  # read again, since writing does not tell of a full disk
             for band in tif.indexes:
                 tif.checksum(band)
@@ -456,8 +412,8 @@ def main():
     if args.report:
         report(args.report)
     elif args.map:
-        if not args.classifier or args.map.suffix not in (".tif", ".tiff"):
-            parser.error("--map OUT.tif needs --classifier, --s1 and --s2")
+        if not args.classifier or args.map.suffix.lower() not in (".tif", ".tiff"):
+            parser.error("--map: a name that ends in .tif, and --classifier, --s1 and --s2")
         write_map(args)
     else:
         evaluate(args, content)
