@@ -10,10 +10,10 @@ name), or plain pairs, see README. A STORE holds `s1.npy` (N, C1, H, W) in 1/100
 """
 import argparse
 import contextlib
-import errno
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -45,12 +45,10 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 4
-SETTLE = 256  # patches between two flushes of a packing
 RASTER = re.compile(r"[^.].*\.(tiff?|vrt)", re.IGNORECASE)
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.\w+", re.IGNORECASE)
 PLAIN = re.compile(r"(.*?/)??(s1|s2|classes)/(.*)\.\w+", re.IGNORECASE)
 BAND = re.compile(r"(?<![A-Z0-9])(?:(VV|VH|HH|HV)|B0?(\d+A?))(?![A-Z0-9])")
-NO_BAND = re.compile(r"((BAND|LAYER)[ _]?\d+)?")
 
 
 class DataError(Exception):
@@ -92,7 +90,9 @@ def band_name(text):
     capitals; "" for none and for `Band 1`."""
     text = (text or "").upper()
     words = {word or f"B{number}" for word, number in BAND.findall(text)}
-    return words.pop() if len(words) == 1 else NO_BAND.sub("", text, 1) and text
+    if len(words) == 1:
+        return words.pop()
+    return re.sub(r"^(BAND|LAYER)[ _]?\d+$", "", text)
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ class Raster:
             unit, plausible = "reflectance x 10,000", 0 <= low and 2 < high <= 65_535
             plausible = plausible and seen.dtype != np.uint8
         if not plausible:
-            raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: convert "
+            raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
         if self.offset is None or self.sensor == "s1":
             cirrus = seen[self.bands.index("B10")].min() if "B10" in self.bands else 0
@@ -165,15 +165,10 @@ class Raster:
 
     def values(self, window=None):
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
-        models.to_input() takes it. The first window that shows something is judged, and what was
-        found is printed. window: rasterio's; None: all."""
+        models.to_input() takes it. The first window that shows something is judged."""
         image, there = self.read(window)
         if there.any() and not self.judged:
             self.judge(image, there)
-            doubt = self.sensor == "s2" and image.max() <= 255
-            tqdm.write(f"{self.name}: {' '.join(self.bands)} are bands {self.numbers}, no data is "
-                       f"{self.tif.nodata}, {self.offset:,} is subtracted"
-                       f"{'; so dark: is it reflectance x 10,000?' * doubt}")
         image = image.astype(np.float32) - (self.offset or 0)
         image[:, ~there] = np.nan
         return image
@@ -195,8 +190,8 @@ def refuse_other_grid(one, other):
         if apart > 1e-3:
             differ.append(f"{apart:.4g} px apart")
     if differ:
-        raise DataError(f"{one.name}, {other.name}: not on one grid: {'; '.join(differ)}. Warp: rio "
-                        f"warp {one.name} WARPED.tif --like {other.name} --resampling bilinear")
+        raise DataError(f"{one.name}, {other.name}: not on one grid: {'; '.join(differ)}: rio warp "
+                        f"{one.name} WARPED.tif --like {other.name} --resampling bilinear")
 
 
 def place_of(name):
@@ -226,25 +221,25 @@ def find_pairs(tree):
     for folder, folders, names in tqdm(walk, "looking into folders", delay=1):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in [f"{folder}/{name}" for name in names if RASTER.fullmatch(name)]:
-            if not (place := place_of(os.path.relpath(path, tree))):
-                continue
-            patch, split, scene, sensor = place
+            patch, split, scene, sensor = place_of(os.path.relpath(path, tree)) or [None] * 4
             if sensor in found[patch]:
                 raise DataError(f"{found[patch][sensor]}, {path}: both {sensor} of {patch}: is one "
                                 "a link or a copy? Move it elsewhere")
             if path.encode(errors="replace") != os.fsencode(path):
                 raise DataError(f"{path!a}: a name that is not UTF-8: rename it")
-            found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
+            if sensor:
+                found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
     if not any(pair.keys() >= {"s1", "s2"} for pair in found.values()):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and ROIs"
                         "1158_spring_s2_1_p30.tif, or s1/NAME.tif and s2/NAME.tif: see README")
-    return [found[patch] for patch in sorted(found)]
+    return [found[patch] for patch in sorted(filter(None, found))]
 
 
 def read_legend(tree):
     """-> {"s1": bands, "s2": bands or None for SEN12MS's, "classes": {code: name}}: what the
     legend.json of a tree says, else as in SEN12MS and DFC2020. Several codes may be one class."""
-    legend, path = {"s1": S1_BANDS, "s2": None, "classes": DFC_CODES.items()}, Path(tree, "legend.json")
+    legend = {"s1": S1_BANDS, "s2": None, "classes": DFC_CODES.items()}
+    path = Path(tree, "legend.json")
     try:
         if path.exists():
             legend |= json.loads(path.read_text(), object_pairs_hook=list)
@@ -260,26 +255,17 @@ def read_legend(tree):
     return legend
 
 
-def usual_kind(pairs, bands):
-    """-> (bands, (H, W)) of most of some hundred S2 files of a tree. bands: names; None: those of
-    SEN12MS or, without cirrus, of L2A. Raises DataError."""
-    paths, found = [pair["s2"] for pair in pairs if "s2" in pair], Counter()
-    for path in paths[::math.ceil(len(paths) / 100)]:
-        for product in [bands] if bands else [S2_BANDS, L2A_BANDS]:
-            try:
-                found[tuple(product), Raster(path, "s2", product).tif.shape] += 1
-                break
-            except DataError as error:
-                reason = error
-    if not found:
-        raise reason
-    return found.most_common(1)[0][0]
-
-
 def make_plan(tree, pairs, s2_offset):
     """What a packing is to hold: the same at every start of it, and in the end in index.json."""
-    legend, root = read_legend(tree), Path(tree).resolve()
-    bands, size = usual_kind(pairs, legend["s2"])
+    legend, root, kinds = read_legend(tree), Path(tree).resolve(), Counter()
+    products = [legend["s2"]] if legend["s2"] else [S2_BANDS, L2A_BANDS]
+    paths = [pair["s2"] for pair in pairs if "s2" in pair]
+    for path, bands in itertools.product(paths[::math.ceil(len(paths) / 100)], products):
+        with contextlib.suppress(DataError):
+            kinds[Raster(path, "s2", bands).tif.shape, tuple(bands)] += 1
+    if not kinds:
+        Raster(paths[0], "s2", products[0])  # says what is wrong
+    (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files, of equals the first
     near = (root, *root.parents, *root.glob("*/"))
     plan = {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": list(bands)},
             "size": list(size), "classes": list(dict.fromkeys(legend["classes"].values())),
@@ -297,26 +283,23 @@ def read_patch(pair, plan):
     0 in s2. Raises DataError for a bad patch."""
     if lacking := {"s1", "s2"} - pair.keys():
         raise DataError(f"no {min(lacking)} file")
-    rasters, images = {}, {"classes": np.full((1, *plan["size"]), -1)}  # no label
-    for sensor, nothing in (("s2", 0), ("s1", np.float32(MISSING / 100)), ("classes", -1)):
-        if sensor not in pair:
-            continue
-        bands, offset = plan["bands"].get(sensor), plan["s2_offset"]
-        raster = rasters[sensor] = Raster(pair[sensor], sensor, bands, offset)
+    rasters, offset = {}, plan["s2_offset"]
+    for sensor in ("s2", "s1", "classes")[:len(pair) - 3]:
+        raster = rasters[sensor] = Raster(pair[sensor], sensor, plan["bands"].get(sensor), offset)
         if list(raster.tif.shape) != plan["size"]:
             raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
         refuse_other_grid(raster.tif, rasters["s2"].tif)
-        image, there = raster.read()
-        if sensor == "classes":
-            there |= image[0] == 0  # a code as others are
-        elif 2 * there.sum() < there.size:
-            raise DataError(f"{raster.name}: {1 - there.mean():.0%} of it is missing")
-        else:
-            raster.judge(image, there)
-        images[sensor] = image if there.all() else np.where(there, image, nothing)
-    s1, offset = np.rint(images["s1"] * 100).astype(np.int16), rasters["s2"].offset
-    s2 = np.maximum(np.rint(images["s2"]).astype(np.uint16), offset) - offset
-    return s1, s2, classes_from_codes(images["classes"][0], plan["codes"]), offset
+    images = {sensor: rasters[sensor].values() for sensor in ("s1", "s2")}
+    for sensor, image in images.items():
+        if np.isnan(image[0]).mean() > 0.5:
+            raise DataError(f"{rasters[sensor].name}: more than half of it is missing")
+    s1 = np.rint(np.nan_to_num(images["s1"] * 100, nan=MISSING)).astype(np.int16)
+    s2 = np.rint(np.nan_to_num(images["s2"])).clip(0).astype(np.uint16)
+    codes = np.full(plan["size"], -1)  # no label
+    if "classes" in rasters:
+        (codes,), there = rasters["classes"].read()
+        codes = np.where(there | (codes == 0), codes, -1)  # 0 is a code as others are
+    return s1, s2, classes_from_codes(codes, plan["codes"]), rasters["s2"].offset
 
 
 def layout(plan):
@@ -332,14 +315,6 @@ def layout(plan):
     return arrays | {"patches.npy": (record, (count,))}
 
 
-def make_arrays(store, plan):
-    """All zero: images without a place on the disk until their rows are written, records with."""
-    *images, (name, (dtype, shape)) = layout(plan).items()
-    for image, (kind, size) in images:
-        np.lib.format.open_memmap(store / image, "w+", kind, size)
-    np.save(store / name, np.zeros(shape, dtype))  # a full disk would kill who writes to its map
-
-
 def statistics(image, unit):
     """(c, h, w) integers of a store -> STATISTICS of each band, in the unit."""
     there, rows = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
@@ -353,59 +328,43 @@ def statistics(image, unit):
     return rows
 
 
-def pack_row(row, pairs, plan, arrays, records):
-    """Read, judge and write a pair -> its row, and why it was left out or None."""
-    try:
-        *images, offset = read_patch(pairs[row], plan)
-    except DataError as reason:
-        return row, str(reason)
-    for (file, array), image in zip(arrays, images):  # a map of memory takes longer to write
-        start = array.offset + row * image.nbytes
-        if os.pwrite(file.fileno(), image.tobytes(), start) < image.nbytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file.name)
-    s1, s2, classes = images
-    pixels = np.bincount(classes.ravel(), minlength=256)[[*range(len(plan["classes"])), IGNORE]]
-    records[row] = 0, offset, pixels, *np.transpose(statistics(s1, 100) + statistics(s2, 1))
-    return row, None
-
-
 def fill(store, pairs, plan, threads, max_bad):
-    """Pack the pairs whose rows are not whole -> {id: reason} of those left out."""
-    *names, _ = layout(plan)
-    files = [open(store / name, "r+b") for name in names]  # noqa: SIM115
-    maps = [np.load(store / name, mmap_mode="r") for name in names]
-    records = np.load(store / "patches.npy", mmap_mode="r+")
-    left_out, whole, rows = {}, [], np.flatnonzero(records["state"] == 0)
+    """Read, judge and write the pairs whose rows are not whole, and index.json at last."""
+    arrays = [np.load(store / name, mmap_mode="r") for name in layout(plan)]
+    files = [os.open(array.filename, os.O_WRONLY | os.O_DSYNC) for array in arrays]
+    numbers, left_out = [*range(len(plan["classes"])), IGNORE], {}
 
-    def settle():
-        for file in files:  # rows before states: a power cut leaves no state alone
-            os.fsync(file.fileno())
-        records.flush()
-        records["state"][whole] = 1
-        whole.clear()
+    def write(number, row, values):
+        """On the disk when it returns, so that a power cut leaves no state without its row."""
+        start = arrays[number].offset + row * values.nbytes
+        if os.pwrite(files[number], values.tobytes(), start) < values.nbytes:
+            raise DataError(f"{store}: the disk is full: make room and start again")
 
-    work = functools.partial(
-        pack_row, pairs=pairs, plan=plan, arrays=[*zip(files, maps)], records=records)
-    with contextlib.closing(ahead(work, rows, threads, SETTLE)) as results:
+    def pack_row(row):
+        try:
+            s1, s2, classes, offset = read_patch(pairs[row], plan)
+        except DataError as reason:
+            return row, str(reason)
+        pixels = np.bincount(classes.ravel(), minlength=256)[numbers]
+        bands = np.transpose(statistics(s1, 100) + statistics(s2, 1))
+        record = np.array((0, offset, pixels, *bands), arrays[-1].dtype)
+        for number, values in enumerate((s1, s2, classes)[:len(files) - 1]):
+            write(number, row, values)
+        write(-1, row, record)
+        record["state"] = 1
+        write(-1, row, record)
+        return row, None
+
+    rows = np.flatnonzero(arrays[-1]["state"] == 0)
+    with contextlib.closing(ahead(pack_row, rows, threads)) as results:
         for row, reason in tqdm(results, "packing", len(rows), unit="patch"):
             if reason:
                 left_out[pairs[row]["id"]] = reason
-            else:
-                whole.append(row)
             if len(left_out) > min(max_bad * len(pairs), len(pairs) - 1):
                 raise DataError(f"{store}: {len(left_out)} of {len(pairs)} patches cannot be used, "
                                 f"--max-bad allows {max_bad:.1%}: {[*left_out.items()][:5]}. Mend "
                                 "them and start again, or allow more")
-            if len(whole) == SETTLE:
-                settle()
-    settle()
-    records.flush()
-    return left_out
-
-
-def write_index(store, plan, left_out):
-    """index.json, the last act of a packing."""
-    content = json.dumps(plan).encode() + np.load(store / "patches.npy").tobytes()
+    content = json.dumps(plan).encode() + arrays[-1].tobytes()
     index = {**plan, "left_out": left_out, "identity": hashlib.sha256(content).hexdigest()[:12]}
     with open(store / "index.part", "w") as part:
         part.write(json.dumps(index))
@@ -437,13 +396,13 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     1,000 where B10 shows it. Raises DataError, and OSError where the disk does not allow it."""
     store, pairs = Path(store), find_pairs(tree)
     plan = make_plan(tree, pairs, s2_offset)
-    packing, index = store / "packing.json", store / "index.json"
+    packing, index, text = store / "packing.json", store / "index.json", json.dumps(plan) + "\n"
     other = DataError(f"{store}: holds other files, or was packed from another tree or with other "
                       "options: choose another folder, or remove it")
+    store.mkdir(parents=True, exist_ok=True)
     if index.exists():
         print(f"{store}: finished before; remove it to pack files that have changed since")
-    store.mkdir(parents=True, exist_ok=True)
-    if any(store.iterdir()) and not (packing.exists() or index.exists()):
+    elif any(store.iterdir()) and not packing.exists():
         raise other
     if packing.exists() or not index.exists():
         with open(packing, "a+") as file:  # a lock, and the plan, a line, once the arrays are there
@@ -451,14 +410,14 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
             except BlockingIOError:
                 raise DataError(f"{store}: another packing writes it: wait for it") from None
-            text = json.dumps(plan) + "\n"
             if not (packing.read_text().endswith("\n") or index.exists()):
-                make_arrays(store, plan)
+                for name, (dtype, shape) in layout(plan).items():
+                    np.lib.format.open_memmap(store / name, "w+", dtype, shape)  # takes no room yet
                 packing.write_text(text)
             if not index.exists():
                 if packing.read_text() != text:
                     raise other
-                write_index(store, plan, fill(store, pairs, plan, threads, max_bad))
+                fill(store, pairs, plan, threads, max_bad)
             packing.unlink()
     patches = Patches(store)
     if not plan.items() <= patches.index.items():
@@ -478,7 +437,7 @@ class Patches:
     def __init__(self, path, bands=None):
         """bands: only these, by name and in this order. Raises DataError."""
         try:
-            index = json.loads(Path(path, "index.json").read_text())
+            self.index = index = json.loads(Path(path, "index.json").read_text())
             if index["format"] != STORE_FORMAT:
                 raise ValueError(f"format {index['format']}, this version has {STORE_FORMAT}")
             maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(index)]
@@ -486,10 +445,10 @@ class Patches:
             raise DataError(f"{path}: not a whole store ({error}): of a folder of GeoTIFFs `python "
                             f"data.py pack {path} STORE` makes one, and finishes what broke off; "
                             "README says where SEN12MS is, and how to simulate data") from None
-        self.path, self.index, self.identity = str(path), index, index["identity"]
-        self.ids, self.scenes, self.splits = index["ids"], index["scenes"], np.array(index["splits"])
-        self.size, self.classes, self.left_out = index["size"], index["classes"], index["left_out"]
-        self.labelled, self.simulated = index["labelled"], index["simulated"]
+        self.path, self.identity, self.simulated = str(path), index["identity"], index["simulated"]
+        self.ids, self.scenes, self.left_out = index["ids"], index["scenes"], index["left_out"]
+        self.splits, self.size = np.array(index["splits"]), index["size"]
+        self.classes, self.labelled = index["classes"], index["labelled"]
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
         self.files = [open(array.filename, "rb") for array in maps]  # noqa: SIM115
@@ -498,12 +457,14 @@ class Patches:
         label = self.records["pixels"].argmax(1)
         label[(label == len(self.classes)) | (self.records["state"] == 0)] = IGNORE
         self.labels = label if self.labelled else None
-        stored = index["bands"]
-        bands = bands or stored["s1"] + stored["s2"]
-        if unknown := [band for band in bands if band not in stored["s1"] + stored["s2"]]:
-            raise DataError(f"{path}: no band {' '.join(unknown)}, see --bands; it has {stored}")
-        self.bands = {key: [band for band in bands if band in stored[key]] for key in stored}
-        self.picks = [[*map(stored[key].index, self.bands[key])] for key in stored] + [[0]]
+        self.bands, self.picks = {}, []
+        for sensor, stored in index["bands"].items():
+            self.bands[sensor] = [band for band in bands or stored if band in stored]
+            self.picks.append([stored.index(band) for band in self.bands[sensor]])
+        self.picks.append([0])  # of the class maps
+        if unknown := {*(bands or ())} - {*self.bands["s1"], *self.bands["s2"]}:
+            raise DataError(f"{path}: no band {' '.join(sorted(unknown))}, see --bands; it has "
+                            f"{index['bands']}")
 
     def rows_of(self, *splits):
         """Good rows of these splits."""

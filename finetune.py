@@ -377,7 +377,8 @@ def write_map(args):
                 tif.write(values, window=Window(0, top, raster.width, values.shape[1]))
             tags = {key: content[key] for key in ("method", "task", "simulated")}
             tags |= {f"class_{number}": name for number, name in enumerate(names)}
-            tif.update_tags(**tags, s2_offset="s2" in scene and scene["s2"].offset or 0)
+            offsets = [raster.offset or 0 for raster in scene.values()]
+            tif.update_tags(**tags, s2_offset=max(offsets))
         with rasterio.open(part) as tif:  # read again, since writing does not tell of a full disk
             for band in tif.indexes:
                 tif.checksum(band)
@@ -387,6 +388,9 @@ def write_map(args):
                              f"{args.s1}, {args.s2}") from None
     finally:
         part.unlink(missing_ok=True)
+    for raster in scene.values():
+        print(f"{raster.name}: {' '.join(raster.bands)} are its bands {raster.numbers}, no data is "
+              f"{raster.tif.nodata}, {raster.offset or 0:,} was subtracted")
     print(f"wrote {args.map}; tests/show.py draws it")
 
 
