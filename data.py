@@ -123,7 +123,7 @@ class Raster:
         texts = list(self.tif.descriptions)
         if self.tif.driver == "VRT" and not any(texts):
             sources = [str(self.tif.tags(number, ns="vrt_sources")) for number in self.tif.indexes]
-            files = [re.sub(".*/|</SourceFilename.*|.*>", "", source) for source in sources]
+            files = ["".join(re.findall("([^/>]*)</SourceFilename", source)) for source in sources]
             texts = [file if BAND.search(file.upper()) else None for file in files]
         names = [band_name(text) for text in texts]
         for product in (self.bands, S1_BANDS, S2_BANDS, L2A_BANDS):

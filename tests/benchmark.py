@@ -89,7 +89,7 @@ def sparse_store(folder, count=180_662, size=256):
     folder.mkdir()
     plan = {"format": data.STORE_FORMAT, "bands": {"s1": data.S1_BANDS, "s2": data.S2_BANDS},
             "size": [size, size], "classes": data.CLASSES, "codes": data.DFC_CODES, "labelled": False,
-            "simulated": True, "s2_offset": None, "s2_offsets": 0, "identity": "none", "splits": ["spring"] * count,
+            "simulated": True, "s2_offset": None, "identity": "none", "splits": ["spring"] * count,
             "ids": [f"ROIs1158_spring_{k // 700}_p{k % 700}" for k in range(count)],
             "scenes": [f"ROIs1158_spring_{k // 700}" for k in range(count)]}
     for name, (dtype, shape) in data.layout(plan).items():

@@ -68,10 +68,10 @@ def small(raster):
 def draw_scene(axis, path, s2_offset):
     """Sentinel-2 in colours, or Sentinel-1, which is below 0 somewhere, in grey."""
     with rasterio.open(path) as raster:
-        image, bands = np.nan_to_num(small(raster)), list(raster.descriptions)
-        known = {len(names): names for names in (data.S1_BANDS, data.L2A_BANDS, data.S2_BANDS)}
-        if None in bands:
-            bands = known.get(raster.count, [f"band {number}" for number in raster.indexes])
+        image, bands = np.nan_to_num(small(raster)), [data.band_name(text) for text in raster.descriptions]
+    products = {len(names): names for names in (data.S1_BANDS, data.L2A_BANDS, data.S2_BANDS)}
+    if "" in bands:
+        bands = products.get(len(bands), [f"band {number + 1}" for number in range(len(bands))])
     if (image < 0).any():
         axis.imshow(image[0], "gray", vmin=-25, vmax=0)  # dB
         return axis.set_title(f"{bands[0]} of Sentinel-1")
