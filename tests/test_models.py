@@ -73,6 +73,27 @@ def test_losses_in_float32_are_stable_at_a_low_temperature():
             assert a.grad.isfinite().all() and (a.grad - c.grad).abs().max() < 1e-3 * c.grad.abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.005])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cast", [False, True])
+def test_losses_of_half_precision_are_computed_in_float32(dtype, temperature, cast):
+    z1, z2 = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    z1[0], z1[1], z2[2] = 0, 1e4 * z1[1], 1e-4 * z2[2]  # normalised, half precision makes NaN of these
+    losses = {"nt_xent": models.nt_xent, "mma": lambda a, b, t: models.info_nce(models.mma_similarity(
+        a.view(64, 8, 4, 4), b.view(64, 8, 4, 4)), t), "shifts": lambda a, b, t: models.info_nce(
+        models.mma_similarity(a.view(64, 8, 4, 4), b.view(64, 8, 4, 4)[..., :3]), t)}
+    for name, loss_of in losses.items():
+        half = [x.to(dtype).requires_grad_() for x in (z1, z2)]
+        whole = [x.detach().float().requires_grad_() for x in half]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss = loss_of(*half, temperature)
+        expected = loss_of(*whole, temperature)
+        loss.backward(), expected.backward()
+        assert loss.dtype == torch.float32 and relative(loss.detach(), expected.detach()) < 1e-6, name
+        assert all(torch.equal(one.grad, other.grad.to(dtype)) for one, other in zip(half, whole)), name
+        assert whole[1].grad.isfinite().all() and loss_of(z1.double(), z2.double(), temperature).dtype == torch.float64
+
+
 @pytest.mark.parametrize("method", ["d-simclr", "mma"])
 def test_shares_of_processes_add_up_to_the_whole(method):
     model = models.Contrastive(method, BANDS)
@@ -227,6 +248,14 @@ def test_files_that_are_no_checkpoints_get_one_line(tmp_path):
     for content in ([1, 2], {"format": 99}, {"weights": torch.ones(2)}, torch.ones(3)):
         torch.save(content, path)
         with pytest.raises(models.CheckpointError, match="neither a checkpoint of this version nor"):
+            models.load_checkpoint(path)
+    for content, words in (
+            ({"state_dict": {"module.encoder_q.conv1.weight": torch.ones(2)}}, "as MoCo's do: one network, and no names of its bands"),
+            ({"state_dict": {"module.backbone1.conv1.weight": torch.ones(2)}}, "DistributedDataParallel: save the state_dict of"),
+            ({"module.s1.conv1.weight": torch.ones(2)}, "DistributedDataParallel"), ({"state_dict": {}}, "begins with nothing$"),
+            ({"conv1.weight": torch.ones(2)}, "begins with conv1.weight$"), ({"state_dict": 3}, "begins with state_dict$")):
+        torch.save(content, path)
+        with pytest.raises(models.CheckpointError, match=f"bad.pt: neither a checkpoint .*{words}"):
             models.load_checkpoint(path)
     with pytest.raises(models.CheckpointError, match="No such file or directory; python pretrain.py"):
         models.load_checkpoint(tmp_path / "none.pt")
