@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
     scale: a key of SCALING. stats, for `standard`: {"s1": {"mean": [dB], "std": [dB]}, "s2": ...}.
     -> two float32 tensors, finite for any input. ValueError for other bands or an unknown scale.
     """
-    s1, s2 = torch.as_tensor(s1), torch.as_tensor(s2)
+    s1, s2 = (x if torch.is_tensor(x) else torch.tensor(x) for x in (s1, s2))  # arrays: copied
     for sensor, x in (("s1", s1), ("s2", s2)) if bands else ():
         if x.shape[1] != len(bands[sensor]):
             raise ValueError(f"{sensor}: {x.shape[1]} channels, not {' '.join(bands[sensor])}")
@@ -355,7 +356,9 @@ def load_checkpoint(path):
 def read_weights(path):
     """-> the dict in a file of torch.save, an empty one where it holds something else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # an error says enough
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; python pretrain.py writes it") from None
     except Exception as error:  # a foreign file can raise anything in the unpickler

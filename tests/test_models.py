@@ -144,6 +144,20 @@ def test_retrieval_ranks_ties_and_collapse():
 
 # ---------------------------------------------------------------------------------------------- networks
 
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_may_not_be_written_are_taken_and_left_as_they_are():
+    rng = np.random.default_rng(0)
+    for s1 in (rng.integers(-3000, 100, (2, 2, 6, 6), np.int16), rng.normal(-10, 9, (2, 2, 6, 6)).astype(np.float32)):
+        arrays = s1, rng.integers(0, 12_000, (2, 13, 6, 6), np.uint16)
+        before = [array.copy() for array in arrays]
+        for array in arrays:
+            array.flags.writeable = False
+        found = models.to_input(*arrays, "patch-max")
+        for x, y in zip(found, models.to_input(*map(torch.from_numpy, before), "patch-max")):
+            assert x.dtype == torch.float32 and torch.equal(x, y)
+        assert all(np.array_equal(one, other) for one, other in zip(arrays, before))
+
+
 @pytest.mark.parametrize("method, names, shape", [
     ("only-s1", ["s1"], (2, 512)), ("only-s2", ["s2"], (2, 512)), ("early-fusion", ["s1+s2"], (2, 512)),
     ("late-fusion", ["s1", "s2"], (2, 512)), ("d-simclr", ["s1", "s2"], (2, 512)),
@@ -222,6 +236,7 @@ class Hostile:
         return os.mkdir, (self.victim,)
 
 
+@pytest.mark.filterwarnings("error")
 def test_no_pickle_is_executed(tmp_path):
     victim = tmp_path / "victim"
     torch.save({"format": 1, "encoders": Hostile(victim)}, tmp_path / "zip.pt")
