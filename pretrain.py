@@ -102,7 +102,7 @@ def refuse_unfit(args, device, world):
     """DataError for options that would spoil a run, or slow it down, without a word."""
     size, n, micro = args.batch_size, args.batch_size // world, args.micro_batch
     if size == 1:
-        raise data.DataError("--batch-size 1: no other place to tell it from: choose more")
+        raise data.DataError("--batch-size 1: a loss needs other places: choose 2 or more")
     if size % world:
         raise data.DataError(f"--batch-size {size} does not divide by {world} processes")
     if micro and 1 in (micro, n % micro):
@@ -111,6 +111,8 @@ def refuse_unfit(args, device, world):
     if args.compile and world > 1:
         raise data.DataError("--compile: is for one process, since batch norm over several breaks "
                              "its graph at every layer: leave it out")
+    # There torch's bf16 gradient of a 3x3 convolution with stride 2 of a map of 1 px holds what the
+    # memory held before.
     bf16 = models.resolve_precision(args.precision, device) == "bf16"
     if bf16 and device.type == "cpu" and args.crop <= 16 and args.method != "mma":
         raise data.DataError(f"--crop {args.crop}: on a CPU bf16 gradients of a ResNet are wrong "

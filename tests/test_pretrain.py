@@ -253,7 +253,7 @@ def test_simclr_takes_three_named_bands_where_colours_are_missing(trees, tmp_pat
     (["--batch-size", 65], "only 48 pairs"), (["--crop", 41], "--crop 41"),
     (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"), (["--data", "nowhere"], "SEN12MS"),
     (["--data", ROOT], "data.py pack"), (["--threads", 0], "0 is not above 0"),
-    (["--batch-size", 1], "--batch-size 1: no other place"),
+    (["--batch-size", 1], "--batch-size 1: a loss needs other places"),
     (["--micro-batch", 7], "--micro-batch 7: leaves batch norm a single pair of 8: choose a divisor of 8"),
     (["--micro-batch", 1], "--micro-batch 1: leaves"),
     (["--crop", 16, "--precision", "bf16"], "--crop 16: on a CPU bf16 gradients of a ResNet are wrong up to 16 px"),
