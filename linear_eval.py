@@ -96,10 +96,10 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self):
-        lines = []
-        for text in self.path.read_text().splitlines() if self.path.exists() else ():
-            with contextlib.suppress(ValueError):  # empty, or cut off by a kill
-                lines.append(json.loads(text))
+        lines, text = [], self.path.read_text(errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):  # empty, cut off by a kill, NULs by a power cut
+                lines.append(json.loads(line))
         return lines
 
     def has(self, key):
@@ -114,7 +114,7 @@ class Results:
             if not self.has(key):  # else another process was faster
                 file.write("\n" + json.dumps({**key, **scores, **more}))
         tqdm.write(f"{TITLES[key['method']]}, {key['protocol']}, {key['task']}-label, "
-                   f"{key['label_fraction']:.0%} of labels, seed {key['seed']}: "
+                   f"{100 * key['label_fraction']:g} % of labels, seed {key['seed']}: "
                    f"average {scores['average']:.1%}, overall {scores['overall']:.1%}")
         if absent := [name for name, v in zip(key["classes"], scores["class"]) if v is None]:
             tqdm.write(f"  not in the test data, so not in the average: {', '.join(absent)}")
@@ -239,15 +239,7 @@ def choose_penalty(task, x, y, weight, rows, labels, seed):
     return float(PENALTIES[best])
 
 
-def knn(x, y, queries, k=20, temperature=0.07):
-    """Weighted cosine k-nearest-neighbour vote (Wu et al. 2018). y: (n, C) 0/1 -> (N, C) logits of
-    the queries, positive for a majority."""
-    similarity, nearest = (F.normalize(queries) @ F.normalize(x).T).topk(min(k, len(x)), 1)
-    vote = (similarity / temperature).softmax(1)
-    return torch.einsum("nk,nkc->nc", vote, y[nearest]) - 0.5
-
-
-def probe(task, train, test, chosen, labels, seed, kind="linear", device="cpu"):
+def probe(task, train, test, chosen, labels, seed, device="cpu"):
     """Learn from the training crops of the patches `chosen` (repeats are weights), predict the test
     crops, both as extract() gives them. labels: of all patches -> (scores, what else to report)."""
     times = np.bincount(chosen, minlength=len(labels))[train["row"]]
@@ -256,8 +248,6 @@ def probe(task, train, test, chosen, labels, seed, kind="linear", device="cpu"):
     arrays = train["x"][used], train[task][used], test["x"][tested], np.float32(times[used])
     x, y, queries, weight = (torch.from_numpy(array).to(device) for array in arrays)
     counts = {"train_patches": len(set(chosen)), "train_crops": len(x), "test_crops": len(true)}
-    if kind == "knn":
-        return score(task, true, knn(x, y, queries).cpu().numpy()), counts
     sd, mean = torch.std_mean(x, 0, correction=0)
     sd[sd <= 1e-6 * mean.abs() + 1e-12] = math.inf  # such a feature says nothing
     axes = principal_axes((x - mean) / sd)
@@ -272,8 +262,8 @@ def evaluate(args, content):
     """Probe frozen encoders: a result line per seed, task and label fraction."""
     patches, train_rows, test_rows, scaling = open_labelled(args, content)
     results, labels, crops = Results(args.results), patches.labels, {}
-    fixed = {"protocol": "linear", "probe": args.probe, "baseline": args.baseline,
-             "sensors": args.sensors, **describe(args, content, patches)}
+    fixed = {"protocol": "linear", "probe": "linear",  # in older files also knn
+             "baseline": args.baseline, "sensors": args.sensors, **describe(args, content, patches)}
     runs = list(itertools.product(range(args.seeds), args.task, args.label_fraction))
     for seed, task, fraction in tqdm(runs, "probes", leave=False, delay=1):
         key = {**fixed, "task": task, "label_fraction": fraction, "seed": seed}
@@ -285,8 +275,8 @@ def evaluate(args, content):
             crops = {weights: [extract(network, scaling, patches, rows, args)
                                for rows in (train_rows, test_rows)]}
         chosen = training_rows(labels[train_rows], fraction, seed, args.label_sampling)
-        scores, counts = probe(task, *crops[weights], train_rows[chosen], labels, seed, args.probe,
-                               args.device)
+        scores, counts = probe(
+            task, *crops[weights], train_rows[chosen], labels, seed, args.device)
         results.add(key, scores, counts=counts)
 
 
@@ -387,7 +377,6 @@ def evaluation_parser(description):
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"))
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
-    add("--cache", choices=("device",), help="hold the data on the device")
     devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
     add("--device", choices=devices, default=devices[-1])
     return parser
@@ -418,7 +407,7 @@ def open_patches(args, content):
         if sensor in "+".join(method["inputs"]) and not bands:
             raise data.DataError(f"--bands: {args.method} needs bands of {sensor}")
     patches.simulated = patches.simulated or content.get("simulated", False)
-    return patches.hold(args.device) if args.cache else patches
+    return patches
 
 
 def open_labelled(args, content):
@@ -453,7 +442,6 @@ def main():
     add = parser.add_argument
     add("--baseline", choices=("random", "bands"), help="random weights, or mean and sd of bands")
     add("--sensors", default="both", choices=("both", "s1", "s2"), help="of the encoders")
-    add("--probe", default="linear", choices=("linear", "knn"), help="knn: the 20 nearest vote")
     add("--embed", metavar="OUT.npz", help="write embeddings of all patches, and stop")
     add("--retrieve", metavar="OUT.png", help="draw the S2 nearest to some S1 patches, and stop")
     args, content = read_options(parser)

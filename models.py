@@ -16,6 +16,7 @@ import math
 import os
 import re
 import sys
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
     scale: a key of SCALING. stats, for `standard`: {"s1": {"mean": [dB], "std": [dB]}, "s2": ...}.
     -> two float32 tensors, finite for any input. ValueError for other bands or an unknown scale.
     """
-    s1, s2 = torch.as_tensor(s1), torch.as_tensor(s2)
+    s1, s2 = (x if torch.is_tensor(x) else torch.tensor(x) for x in (s1, s2))  # arrays: copied
     for sensor, x in (("s1", s1), ("s2", s2)) if bands else ():
         if x.shape[1] != len(bands[sensor]):
             raise ValueError(f"{sensor}: {x.shape[1]} channels, not {' '.join(bands[sensor])}")
@@ -229,6 +230,11 @@ def autocast(precision, device):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
+def precise(*tensors):
+    """Half precision -> float32: it spoils a softmax. float32 and float64 stay as they are."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+
+
 def nt_xent(z1, z2, temperature, first=0, n=None):
     """NT-Xent (Chen et al. 2020) over 2N embeddings, here of two sensors.
 
@@ -236,11 +242,12 @@ def nt_xent(z1, z2, temperature, first=0, n=None):
     partner among the 2N - 1 others by cosine similarity / temperature; mean cross-entropy ->
     scalar. first, n: as one of several processes, only the rows of the n places from `first` on."""
     places, n = len(z1), len(z1) if n is None else n
-    z = F.normalize(torch.cat((z1, z2)), dim=1)
+    z = F.normalize(torch.cat(precise(z1, z2)), dim=1)
     left = torch.arange(first, first + n, device=z.device)
     anchor = torch.cat((left, left + places))
     partner = torch.cat((left + places, left))
-    logits = (z if n == places else z[anchor]) / temperature @ z.T  # (2n, 2N)
+    with torch.autocast(z.device.type, enabled=False):
+        logits = (z if n == places else z[anchor]) / temperature @ z.T  # (2n, 2N)
     logits.detach().scatter_(1, anchor[:, None], float("-inf"))  # off the graph: no gradient
     return F.cross_entropy(logits, partner)
 
@@ -250,11 +257,12 @@ def mma_similarity(m1, m2):
     every location, m2 correlated with m1 over all relative shifts, the maximum, divided by the
     locations of m2. Maps of equal size have one shift.
     m1: (N, c, H, W), m2: (M, c, h, w) with h <= H, w <= W -> (N, M)."""
-    m1, m2 = F.normalize(m1, dim=1), F.normalize(m2, dim=1)
+    m1, m2 = (F.normalize(m, dim=1) for m in precise(m1, m2))
     locations = m2.shape[2] * m2.shape[3]
-    if m1.shape[2:] == m2.shape[2:]:
-        return m1.flatten(1) @ m2.flatten(1).T / locations
-    return F.conv2d(m1, m2).amax((2, 3)) / locations  # maximum of (N, M, H - h + 1, W - w + 1)
+    with torch.autocast(m1.device.type, enabled=False):
+        if m1.shape[2:] == m2.shape[2:]:
+            return m1.flatten(1) @ m2.flatten(1).T / locations
+        return F.conv2d(m1, m2).amax((2, 3)) / locations  # maximum of (N, M, H - h + 1, W - w + 1)
 
 
 def info_nce(similarity, temperature, columns=None, first=0):
@@ -262,7 +270,7 @@ def info_nce(similarity, temperature, columns=None, first=0):
     rows and over columns, mean of both -> scalar. similarity: (N, N); in one of several processes
     its rows from `first` on, (n, N), and `columns`, (n, N), the same columns transposed."""
     target = torch.arange(first, first + len(similarity), device=similarity.device)
-    columns = similarity.T if columns is None else columns
+    similarity, columns = precise(similarity, similarity.T if columns is None else columns)
     loss = F.cross_entropy(similarity / temperature, target)
     return (loss + F.cross_entropy(columns / temperature, target)) / 2
 
@@ -288,6 +296,10 @@ def retrieval(similarity):
 # What the weights released with the paper do not say.
 RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "classes": CLASSES,
             "scale": "patch-max", "stats": None, "simulated": False, "heads": {}, "args": {}}
+
+# Whose files begin with such a key.
+FOREIGN = {"module.encoder_q.": ", as MoCo's do: one network, and no names of its bands",
+           "module.": ", of DistributedDataParallel: save the state_dict of its .module"}
 
 
 def save_checkpoint(path, model, **content):
@@ -324,14 +336,18 @@ def load_checkpoint(path):
     """-> the content of a checkpoint of this project, or of the weights released with the paper
     in the same form, on the CPU. Raises CheckpointError."""
     content = read_weights(path)
-    if isinstance(content.get("state_dict"), dict):
-        content = released_resnets(content["state_dict"])
+    weights = content.get("state_dict")
+    weights = weights if isinstance(weights, dict) else content
+    if any(str(key).startswith("backbone1.") for key in weights):
+        content = released_resnets(weights)
     elif "s1_model_weights" in content and "s2_model_weights" in content:
         encoders = {"s1": content["s1_model_weights"], "s2": content["s2_model_weights"]}
         content = {**RELEASED, "method": "mma", "encoders": encoders}
     elif content.get("format") != CHECKPOINT_FORMAT:
-        raise CheckpointError(
-            f"{path}: neither a checkpoint of this version nor weights released with the paper")
+        first = str(next(iter(weights), "nothing"))
+        kinds = [kind for prefix, kind in FOREIGN.items() if first.startswith(prefix)]
+        raise CheckpointError(f"{path}: neither a checkpoint of this version nor weights released "
+                              f"with the paper; it begins with {first}{''.join(kinds[:1])}")
     content = {"classes": CLASSES, **content, "file": str(path)}  # older ones do not name classes
     refuse_unknown(path, content)
     return content
@@ -340,7 +356,9 @@ def load_checkpoint(path):
 def read_weights(path):
     """-> the dict in a file of torch.save, an empty one where it holds something else."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # an error says enough
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; python pretrain.py writes it") from None
     except Exception as error:  # a foreign file can raise anything in the unpickler

@@ -4,12 +4,15 @@
     python pretrain.py --method mma --data STORE --out runs/mma
     torchrun --nproc-per-node 8 pretrain.py --data STORE     # --batch-size stays the global one
 
-In --out: last.pt (all that is needed to go on or to evaluate), previous.pt, log.jsonl.
+In --out: last.pt (all that is needed to go on or to evaluate), previous.pt, log.jsonl. Saved is at
+the end of an epoch, at most once a minute, and at the end of the run.
 The same command started again goes on at the step where it was, on the CPU to the same bits as if
 never stopped; SIGTERM and Ctrl-C save first. Every --eval-every epochs the encoders look up
 held-out places: which Sentinel-2 patch belongs to this Sentinel-1 patch, and the other way.
 """
 import argparse
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -29,7 +32,8 @@ from tqdm import tqdm
 import data
 import models
 
-FREE = {"out", "threads", "cache", "device", "log_every", "eval_every"}  # to change in a run
+FREE = {"out", "threads", "device", "log_every", "eval_every"}  # to change in a run
+SAVE_EVERY = 60  # s, at least: a checkpoint has 277 MB, and all processes wait for it
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -56,11 +60,11 @@ def arguments():
     add("--seed", type=int, default=0)
     add("--holdout", type=float, default=0.02, help="share of scenes, where no split is `test`")
     add("--eval-every", type=data.positive, default=10, help="epochs, of retrieval (default 10)")
-    add("--micro-batch", type=data.positive, help="pairs per forward pass: less memory")
+    add("--micro-batch", type=data.positive,
+        help="pairs per forward pass: less memory; slow on several GPUs")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--compile", action="store_true", help="torch.compile the network, in one process")
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
-    add("--cache", choices=["device"], help="hold the data in the device's memory")
     devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
     add("--device", choices=devices, default=devices[-1])
     add("--log-every", type=data.positive, default=10, help="steps, in log.jsonl (default 10)")
@@ -75,19 +79,44 @@ def arguments():
 
 def join_processes(args):
     """-> (rank, world, device) of this process among those of torchrun, or of the only one."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    needed = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} if world > 1 else set()
+    if missing := sorted(needed - os.environ.keys()):
+        raise data.DataError(f"WORLD_SIZE={world}, but no {', '.join(missing)}: start it with "
+                             "torchrun, or unset WORLD_SIZE")
+    rank = int(os.environ["RANK"]) if needed else 0
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    if args.batch_size % world:
-        raise data.DataError(f"--batch-size {args.batch_size} does not divide by {world} processes")
+    refuse_unfit(args, device, world)
     if world > 1:  # torchrun keeps its store over a restart, with the addresses of the dead
         store, *_ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return rank, world, device
+
+
+def refuse_unfit(args, device, world):
+    """DataError for options that would spoil a run, or slow it down, without a word."""
+    size, n, micro = args.batch_size, args.batch_size // world, args.micro_batch
+    if size == 1:
+        raise data.DataError("--batch-size 1: a loss needs other places: choose 2 or more")
+    if size % world:
+        raise data.DataError(f"--batch-size {size} does not divide by {world} processes")
+    if micro and 1 in (micro, n % micro):
+        raise data.DataError(f"--micro-batch {micro}: leaves batch norm a single pair of {n}: "
+                             f"choose a divisor of {n} above 1")
+    if args.compile and world > 1:
+        raise data.DataError("--compile: is for one process, since batch norm over several breaks "
+                             "its graph at every layer: leave it out")
+    # There torch's bf16 gradient of a 3x3 convolution with stride 2 of a map of 1 px holds what the
+    # memory held before.
+    bf16 = models.resolve_precision(args.precision, device) == "bf16"
+    if bf16 and device.type == "cpu" and args.crop <= 16 and args.method != "mma":
+        raise data.DataError(f"--crop {args.crop}: on a CPU bf16 gradients of a ResNet are wrong "
+                             "up to 16 px: choose --precision float32, or more")
 
 
 def gather(x, world):
@@ -99,7 +128,7 @@ def gather(x, world):
     return everyone
 
 
-def open_patches(args, device):
+def open_patches(args):
     """The store with the bands that the method takes."""
     rgb = args.method == "simclr-rgb"
     patches = data.Patches(args.data, args.bands or (models.RGB if rgb else None))
@@ -107,7 +136,7 @@ def open_patches(args, device):
     if not (len(s2) == 3 if rgb else s1 and s2):
         needs = "three of Sentinel-2" if rgb else "bands of both sensors"
         raise data.DataError(f"--bands {s1 + s2}: {args.method} takes {needs}")
-    return patches.hold(device) if args.cache else patches
+    return patches
 
 
 def batches_from(start, rows, size, args, rank=0, world=1):
@@ -247,12 +276,29 @@ def held_out_retrieval(model, patches, crops, args, stats, device, cast):
     return {"candidates": len(similarity), forth: one, back: other}
 
 
+def read_log(file):
+    """-> the lines of an open log.jsonl, dicts; without those that a kill or a power cut spoilt."""
+    entries = []
+    for line in file:
+        with contextlib.suppress(ValueError):
+            entries.append(json.loads(line))
+    return entries
+
+
 def open_log(path, step):
-    """-> log.jsonl to add to: a JSON line per logged step and per retrieval, up to `step`."""
-    lines = path.read_text().splitlines(True) if step and path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    log = open(path, "a", buffering=1)  # noqa: SIM115 (line by line, to the end of the run)
-    log.truncate(len("".join(kept)))  # what follows is of a run that was killed
+    """-> log.jsonl to add to: a JSON line per logged step and per retrieval, up to `step`; locked
+    until its process ends. DataError where another run has it."""
+    path.touch()
+    log = open(path, "r+", buffering=1, errors="replace")  # noqa: SIM115 (to the end of the run)
+    try:
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise data.DataError(f"{path.parent}: another run writes there: wait for it, or choose "
+                             "another --out") from None
+    kept = [entry for entry in read_log(log) if step and entry["step"] <= step]
+    log.seek(0)
+    log.writelines(json.dumps(entry) + "\n" for entry in kept)  # mostly what is there already
+    log.truncate()  # what follows is of a run that was killed
     return log
 
 
@@ -308,7 +354,7 @@ def moment(device):
 
 def train(args):
     rank, world, device = join_processes(args)
-    patches = open_patches(args, device)
+    patches = open_patches(args)
     rows, held = data.split_scenes(patches, args.holdout)
     epoch_steps = len(rows) // args.batch_size
     if not epoch_steps:
@@ -326,9 +372,9 @@ def train(args):
     loss_of = partial(model.loss, temperature=args.temperature)
     args.out.mkdir(parents=True, exist_ok=True)
     start, retrieval = resume(args, settings, model, optimizer)
+    log = open_log(args.out / "log.jsonl", start) if rank == 0 else None
     if (gather(torch.tensor([start]), world) != start).any():
         raise models.CheckpointError(f"{args.out}: not that of the other processes: share one")
-    log = open_log(args.out / "log.jsonl", start) if rank == 0 else None
 
     def look_up(step):
         found = held_out_retrieval(model, patches, held_crops, args, stats, device, cast)
@@ -344,7 +390,8 @@ def train(args):
     batches = batches_from(start, rows, patches.size, args, rank, world)
     feed = data.loader(patches, batches, args.crop, device, args.threads)
     bar = tqdm(range(start + 1, total + 1), args.method, total, initial=start, disable=rank > 0)
-    step, stop, waits, clock = start, 0, [], time.perf_counter()
+    step, stop, waits = start, 0, []
+    clock = saved = time.perf_counter()
     for step in bar:
         before = moment(device)
         s1, s2, *_ = next(feed)
@@ -379,7 +426,9 @@ def train(args):
             bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy:.1%}")
         if held_crops and not within and (epoch % args.eval_every == 0 or step == total):
             retrieval = look_up(step)
-        if rank == 0 and (stop or not within):
+        due = not within and time.perf_counter() - saved >= SAVE_EVERY
+        if rank == 0 and (due or stop or step == total):
+            saved = time.perf_counter()
             models.save_checkpoint(
                 args.out / "last.pt", model, method=args.method, arch=args.arch, scale=args.scale,
                 bands=patches.bands, classes=patches.classes, simulated=patches.simulated,
@@ -403,7 +452,7 @@ def main():
     try:
         train(arguments())
     except torch.OutOfMemoryError:
-        raise data.DataError("out of memory: choose a --micro-batch, and no --cache") from None
+        raise data.DataError("out of memory: choose a --micro-batch") from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 # The whole experiment: three pretrainings, seven rows, two tasks, label fractions, linear probes, tables and figure.
 #
 #   bash run_all.sh                                 simulated data, every stage small: some 10 minutes on 2 cores
-#   bash run_all.sh --sen12ms DIR --dfc2020 DIR     the published sizes and five seeds, on all GPUs of the machine
+#   bash run_all.sh --sen12ms DIR --dfc2020 DIR     the published sizes and five seeds, a job per GPU at a time
 #
 # DIR is a folder of GeoTIFFs or a store of data.py pack. --out DIR is where everything goes (default: simulated/,
 # or experiment/ for real data). Started again after a break, it does only what is missing.
@@ -29,14 +29,14 @@ IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus > 0 ? gp
 slots=$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
 [ "$gpus" -gt 0 ] || export OMP_NUM_THREADS=$(((cores + slots - 1) / slots))
 if [ -n "$sen12ms" ]; then
-  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5" batch=200
+  out=${out:-experiment} seeds=5 fractions="0.01 0.1 0.5"
   d_simclr=() mma=() simclr_rgb=() scale=()
   finetune=(--threads $((cores / slots < 8 ? (cores + slots - 1) / slots : 8))) probe=("${finetune[@]}")
 else
-  out=${out:-simulated} seeds=1 fractions="0.1" batch=64
+  out=${out:-simulated} seeds=1 fractions="0.1"
   # Small crops, and higher learning rates than published, so that some hundred steps are enough.
   scale=(--scale standard)
-  common=(--batch-size "$batch" --holdout 0.2 --eval-every 5 --threads 1)
+  common=(--batch-size 64 --holdout 0.2 --eval-every 5 --threads 1)
   d_simclr=("${common[@]}" --crop 32 --lr 1e-3 --epochs 15 --constant-epochs 8)
   mma=("${common[@]}" --crop 16 --lr 3e-4 --epochs 12 --constant-epochs 6)
   simclr_rgb=("${common[@]}" --crop 32 --lr 1e-3 --epochs 10 --constant-epochs 5)
@@ -47,26 +47,31 @@ mkdir -p "$out"
 
 jobs=()
 queue() { jobs+=("$(printf '%q ' "$@")"); }
+run_slot() {  # takes jobs until none is left
+  local i status log
+  trap 'exit 143' TERM  # once the job in hand has ended: a pretraining saves first
+  for ((i = 0; i < ${#jobs[@]}; i++)); do
+    mkdir "$claims/$i" 2> /dev/null || continue
+    echo "+ ${jobs[i]}"
+    if [ "$slots" -eq 1 ]; then eval "${jobs[i]}"; continue; fi
+    log=$out/job-$i.log status=0  # the progress bars of several at a time go to files
+    eval "${jobs[i]}" 2> "$log" || status=$?
+    [ "$status" -eq 0 ] || { tr '\r' '\n' < "$log" | tail -n 3 >&2; exit "$status"; }
+  done
+}
 run_jobs() {
-  local pids=() slot pid claims
-  claims=$(mktemp -d)  # a folder for each job that a slot has taken
+  local slot
+  pids=() claims=$(mktemp -d)  # a folder for each job that a slot has taken
   set -m  # each slot is a process group, so that a failure or Ctrl-C can end it whole
   for ((slot = 0; slot < slots; slot++)); do
-    (
-      set +m
+    ( set +m
       [ "$gpus" -eq 0 ] || export CUDA_VISIBLE_DEVICES=${visible[slot]}
-      for ((i = 0; i < ${#jobs[@]}; i++)); do
-        mkdir "$claims/$i" 2> /dev/null || continue
-        echo "+ ${jobs[i]}"
-        if [ "$slots" -eq 1 ]; then eval "${jobs[i]}"  # the progress bars of several at a time go to files
-        else eval "${jobs[i]}" 2> "$out/job-$i.log" || { tail -n 3 "$out/job-$i.log" >&2; exit 1; }; fi
-      done
-    ) &
+      run_slot ) &
     pids+=($!)
   done
   set +m
-  trap 'for pid in "${pids[@]}"; do kill -TERM -- -"$pid" 2> /dev/null || true; done' EXIT
-  for pid in "${pids[@]}"; do wait "$pid"; done
+  trap 'for pid in "${pids[@]}"; do kill -TERM -- -"$pid" 2> /dev/null || true; done; wait; rm -rf "$claims"' EXIT
+  for pid in "${pids[@]}"; do wait -n; done  # the first failure ends all
   trap - EXIT
   rm -rf "$claims"
   jobs=()
@@ -86,11 +91,7 @@ done
 
 for method in d-simclr mma simclr-rgb; do
   declare -n settings=${method//-/_}
-  options=(--method "$method" --data "$sen12ms" --out "$out/runs/$method" "${settings[@]}" "${scale[@]}")
-  processes=$gpus  # as many as divide the batch
-  while [ "$processes" -gt 1 ] && [ $((batch % processes)) -ne 0 ]; do processes=$((processes - 1)); done
-  if [ "$processes" -gt 1 ]; then torchrun --standalone --nproc-per-node "$processes" pretrain.py "${options[@]}"
-  else queue python pretrain.py "${options[@]}"; fi
+  queue python pretrain.py --method "$method" --data "$sen12ms" --out "$out/runs/$method" "${settings[@]}" "${scale[@]}"
 done
 run_jobs
 

@@ -5,7 +5,6 @@
     python tests/show.py MAP.tif OUT.png --scene S2.tif  # what finetune.py --map made of a scene
 """
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import finetune
 import models
+import pretrain
 
 
 def draw_pairs(patches):
@@ -42,7 +42,8 @@ def draw_pairs(patches):
 def draw_run(folder):
     """-> figure of the log.jsonl of a pretraining."""
     content = models.load_checkpoint(folder / "last.pt")
-    entries = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+    with open(folder / "log.jsonl", errors="replace") as log:
+        entries = pretrain.read_log(log)
     figure = Figure((9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = [(entry["epoch"], entry["loss"]) for entry in entries if "loss" in entry]

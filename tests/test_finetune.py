@@ -60,7 +60,7 @@ def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, labelled, monk
     monkeypatch.setattr(linear_eval, "extract",
                         lambda *args: logits.append(extract(*args)) or logits[-1])
     first = tune(monkeypatch, labelled, tmp_path / "a", *options, "--threads", 1)
-    second = tune(monkeypatch, labelled, tmp_path / "b", *options, "--cache", "device")
+    second = tune(monkeypatch, labelled, tmp_path / "b", *options, "--threads", 3)
     assert len(first) == 2 and len(logits) == 4
     assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(logits[:2], logits[2:]))
     assert [line["class"] for line in first] == [line["class"] for line in second]

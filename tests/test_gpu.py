@@ -7,16 +7,13 @@ import data
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU, or hidden")
 
 
-@pytest.mark.parametrize("cached", [False, True])
-def test_batches_on_a_gpu_are_those_of_the_cpu(labelled, cached):
+def test_batches_on_a_gpu_are_those_of_the_cpu(labelled):
     """Pinned memory is used again and copies run on another stream: all batches are kept, so that one
     that was overwritten or not yet there shows."""
     patches = data.Patches(labelled)
     batches = [batch for epoch in range(20)
                for batch in data.random_crops(patches.rows, patches.size, 32, 8, 0, epoch)]
     expected = list(data.loader(patches, batches, 32, classes=True))
-    if cached:
-        patches.hold("cuda")
     for threads in (1, 4):
         found = list(data.loader(patches, batches, 32, "cuda", threads, classes=True))
         for (*tensors, rows), (*others, other_rows) in zip(found, expected, strict=True):

@@ -73,6 +73,27 @@ def test_losses_in_float32_are_stable_at_a_low_temperature():
             assert a.grad.isfinite().all() and (a.grad - c.grad).abs().max() < 1e-3 * c.grad.abs().max() + 1e-6
 
 
+@pytest.mark.parametrize("temperature", [0.07, 0.005])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cast", [False, True])
+def test_losses_of_half_precision_are_computed_in_float32(dtype, temperature, cast):
+    z1, z2 = torch.randn(2, 64, 128, generator=torch.Generator().manual_seed(0))
+    z1[0], z1[1], z2[2] = 0, 1e4 * z1[1], 1e-4 * z2[2]  # normalised, half precision makes NaN of these
+    losses = {"nt_xent": models.nt_xent, "mma": lambda a, b, t: models.info_nce(models.mma_similarity(
+        a.view(64, 8, 4, 4), b.view(64, 8, 4, 4)), t), "shifts": lambda a, b, t: models.info_nce(
+        models.mma_similarity(a.view(64, 8, 4, 4), b.view(64, 8, 4, 4)[..., :3]), t)}
+    for name, loss_of in losses.items():
+        half = [x.to(dtype).requires_grad_() for x in (z1, z2)]
+        whole = [x.detach().float().requires_grad_() for x in half]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            loss = loss_of(*half, temperature)
+        expected = loss_of(*whole, temperature)
+        loss.backward(), expected.backward()
+        assert loss.dtype == torch.float32 and relative(loss.detach(), expected.detach()) < 1e-6, name
+        assert all(torch.equal(one.grad, other.grad.to(dtype)) for one, other in zip(half, whole)), name
+        assert whole[1].grad.isfinite().all() and loss_of(z1.double(), z2.double(), temperature).dtype == torch.float64
+
+
 @pytest.mark.parametrize("method", ["d-simclr", "mma"])
 def test_shares_of_processes_add_up_to_the_whole(method):
     model = models.Contrastive(method, BANDS)
@@ -122,6 +143,20 @@ def test_retrieval_ranks_ties_and_collapse():
 
 
 # ---------------------------------------------------------------------------------------------- networks
+
+@pytest.mark.filterwarnings("error")
+def test_arrays_that_may_not_be_written_are_taken_and_left_as_they_are():
+    rng = np.random.default_rng(0)
+    for s1 in (rng.integers(-3000, 100, (2, 2, 6, 6), np.int16), rng.normal(-10, 9, (2, 2, 6, 6)).astype(np.float32)):
+        arrays = s1, rng.integers(0, 12_000, (2, 13, 6, 6), np.uint16)
+        before = [array.copy() for array in arrays]
+        for array in arrays:
+            array.flags.writeable = False
+        found = models.to_input(*arrays, "patch-max")
+        for x, y in zip(found, models.to_input(*map(torch.from_numpy, before), "patch-max")):
+            assert x.dtype == torch.float32 and torch.equal(x, y)
+        assert all(np.array_equal(one, other) for one, other in zip(arrays, before))
+
 
 @pytest.mark.parametrize("method, names, shape", [
     ("only-s1", ["s1"], (2, 512)), ("only-s2", ["s2"], (2, 512)), ("early-fusion", ["s1+s2"], (2, 512)),
@@ -201,7 +236,7 @@ class Hostile:
         return os.mkdir, (self.victim,)
 
 
-def test_no_pickle_is_executed(tmp_path):
+def test_no_pickle_is_executed(tmp_path, recwarn):
     victim = tmp_path / "victim"
     torch.save({"format": 1, "encoders": Hostile(victim)}, tmp_path / "zip.pt")
     torch.save({"format": 1, "encoders": Hostile(victim)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
@@ -210,7 +245,7 @@ def test_no_pickle_is_executed(tmp_path):
     for path in tmp_path.glob("*.pt"):
         with pytest.raises(models.CheckpointError, match=f"^{path}: .*(mkdir|not a checkpoint)"):
             models.load_checkpoint(path)
-    assert not victim.exists()
+    assert not victim.exists() and not recwarn.list  # the error says enough
     with pytest.raises(models.CheckpointError, match="not read, since it would run code: it holds .*mkdir"):
         models.load_encoders(tmp_path / "zip.pt")
 
@@ -227,6 +262,14 @@ def test_files_that_are_no_checkpoints_get_one_line(tmp_path):
     for content in ([1, 2], {"format": 99}, {"weights": torch.ones(2)}, torch.ones(3)):
         torch.save(content, path)
         with pytest.raises(models.CheckpointError, match="neither a checkpoint of this version nor"):
+            models.load_checkpoint(path)
+    for content, words in (
+            ({"state_dict": {"module.encoder_q.conv1.weight": torch.ones(2)}}, "as MoCo's do: one network, and no names of its bands"),
+            ({"state_dict": {"module.backbone1.conv1.weight": torch.ones(2)}}, "DistributedDataParallel: save the state_dict of"),
+            ({"module.s1.conv1.weight": torch.ones(2)}, "DistributedDataParallel"), ({"state_dict": {}}, "begins with nothing$"),
+            ({"conv1.weight": torch.ones(2)}, "begins with conv1.weight$"), ({"state_dict": 3}, "begins with state_dict$")):
+        torch.save(content, path)
+        with pytest.raises(models.CheckpointError, match=f"bad.pt: neither a checkpoint .*{words}"):
             models.load_checkpoint(path)
     with pytest.raises(models.CheckpointError, match="No such file or directory; python pretrain.py"):
         models.load_checkpoint(tmp_path / "none.pt")

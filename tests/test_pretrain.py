@@ -32,8 +32,6 @@ import pretrain
 MMA = ["--method", "mma", "--epochs", 3, "--batch-size", 8, "--crop", 16, "--holdout", 0.25, "--eval-every", 1,
        "--log-every", 2, "--lr", 1e-4, "--constant-epochs", 1, "--temperature", 0.2]  # 6 steps an epoch
 STEPS = 18
-# Crops of ResNets have more than 16 px: on the CPU torch's bf16 gradient of a 3x3 convolution with stride 2 of a map of
-# 1 px holds what the memory held before.
 
 
 @functools.cache
@@ -74,6 +72,7 @@ def script(argv, says, environment=(), trouble=None):
     torch.set_num_threads(1)
     sys.argv = ["pretrain.py", *map(str, argv)]
     sys.stdout = sys.stderr = open(says, "w", buffering=1)  # noqa: SIM115  (to the end of the process)
+    pretrain.SAVE_EVERY = 0  # after each epoch
     if trouble:
         trouble()
     data.run(pretrain.main, models.CheckpointError, OSError)
@@ -254,6 +253,10 @@ def test_simclr_takes_three_named_bands_where_colours_are_missing(trees, tmp_pat
     (["--batch-size", 65], "only 48 pairs"), (["--crop", 41], "--crop 41"),
     (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"), (["--data", "nowhere"], "SEN12MS"),
     (["--data", ROOT], "data.py pack"), (["--threads", 0], "0 is not above 0"),
+    (["--batch-size", 1], "--batch-size 1: a loss needs other places"),
+    (["--micro-batch", 7], "--micro-batch 7: leaves batch norm a single pair of 8: choose a divisor of 8"),
+    (["--micro-batch", 1], "--micro-batch 1: leaves"),
+    (["--crop", 16, "--precision", "bf16"], "--crop 16: on a CPU bf16 gradients of a ResNet are wrong up to 16 px"),
     (["--method", "simclr-rgb", "--bands", "B2"], "three of Sentinel-2")])
 def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, arguments, words):
     common = ["--data", store, "--batch-size", 8, "--out", tmp_path / "x"]
@@ -261,6 +264,23 @@ def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, 
     with pytest.raises(SystemExit, match="2"):
         data.run(pretrain.main, models.CheckpointError)
     assert words in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("environment, arguments, words", [
+    ({"WORLD_SIZE": "2"}, [], "WORLD_SIZE=2, but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK: start it with torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1"}, [], "but no MASTER_ADDR: start"),
+    ({}, ["--batch-size", 7], "--batch-size 7 does not divide by 2 processes"),
+    ({}, ["--micro-batch", 3], "--micro-batch 3: leaves batch norm a single pair of 4"),
+    ({}, ["--compile"], "--compile: is for one process")])
+def test_several_processes_that_cannot_work_are_refused_before_they_meet(store, tmp_path, monkeypatch, capsys, environment,
+                                                                         arguments, words):
+    for name, value in (environment or rank_environments(2)[0]).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*MMA, "--data", store, "--out", tmp_path / "x", *arguments])])
+    with pytest.raises(SystemExit, match="2"):
+        data.run(pretrain.main, models.CheckpointError)
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
 
 
 def test_our_recipe_is_another_run(store, tmp_path):
@@ -442,6 +462,8 @@ def test_a_signal_saves_after_the_step_in_hand(store, reference, tmp_path, numbe
     while not (out / "log.jsonl").exists() or '"step": 2' not in (out / "log.jsonl").read_text():
         time.sleep(0.002)
         assert process.is_alive()
+    with pytest.raises(data.DataError, match="stopped: another run writes there: wait for it"):
+        pretrain.open_log(out / "log.jsonl", 0)
     os.killpg(process.pid, number)
     code, text = finish(process)
     stopped = step_of(out / "last.pt")
@@ -459,12 +481,55 @@ def test_a_stop_between_logged_steps_leaves_no_trace(store, reference, tmp_path)
     assert_same_run(out, reference)
 
 
-def signal_after(last, original=pretrain.learning_rate):
+def signal_after(last, number=signal.SIGTERM, original=pretrain.learning_rate):
     def learning_rate(step, *more):
         if step + 1 == last:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return original(step, *more)
     pretrain.learning_rate = learning_rate
+
+
+def save_once_and_die(original=pretrain.learning_rate):
+    """A checkpoint after the first epoch, none in the minute after it, in which the third begins."""
+    def learning_rate(step, *more):
+        pretrain.SAVE_EVERY = 60 if step > 6 else 0
+        return original(step, *more)
+    signal_after(15, signal.SIGKILL, learning_rate)
+
+
+def a_minute_apart():
+    pretrain.SAVE_EVERY = 60
+
+
+def test_checkpoints_are_a_minute_apart_and_a_run_killed_between_them_ends_in_the_same_bits(store, reference, tmp_path):
+    out, argv = tmp_path / "killed", [*MMA, "--data", store]
+    assert finish(start(argv, out, trouble=save_once_and_die))[0] == -signal.SIGKILL
+    assert step_of(out / "last.pt") == 6 and not (out / "previous.pt").exists()
+    assert '"step": 14' in (out / "log.jsonl").read_text()
+    run(argv, out, trouble=a_minute_apart)
+    assert step_of(out / "previous.pt") == 6  # then at the end
+    assert_same_run(out, reference)
+
+
+def test_lines_of_a_log_that_a_power_cut_spoilt_are_dropped(store, reference, tmp_path):
+    out, argv = copy_of_epoch_2(reference, tmp_path / "cut"), [*MMA, "--data", store]
+    first, *others = (out / "log.jsonl").read_bytes().splitlines(True)
+    spoilt = [first, b"\0" * 40 + b"\n", *others[:3], b"\0\0" + others[3], b"\xff\xfe\n", *others[3:], b"\0" * 99]
+    (out / "log.jsonl").write_bytes(b"".join(spoilt))
+    assert show.draw_run(out).axes
+    run(argv, out)
+    assert_same_run(out, reference)
+
+
+def test_a_run_that_another_writes_is_refused(store, reference, tmp_path):
+    out, argv = copy_of_epoch_2(reference, tmp_path / "shared"), [*MMA, "--data", store]
+    log, before = pretrain.open_log(out / "log.jsonl", step=12), sorted(out.iterdir())
+    code, text = finish(start(argv, out))
+    assert code == 2 and text.count("\n") == 1 and "shared: another run writes there: wait for it, or choose" in text
+    assert sorted(out.iterdir()) == before and step_of(out / "last.pt") == 12
+    log.close()
+    run(argv, out)
+    assert_same_run(out, reference)
 
 
 def test_a_truncated_checkpoint_is_named_and_without_it_the_previous_one_used(store, reference, tmp_path):
@@ -669,6 +734,17 @@ def test_two_processes_stop_together_or_die_and_end_in_the_same_bits(store, tmp_
     assert_same_run(begun("torchrun").result(), out)
 
 
+def test_the_others_do_not_wait_for_a_rank_that_is_refused(store, tmp_path):
+    argv, out = [*MMA, "--data", store], tmp_path / "two"
+    out.mkdir()
+    log = pretrain.open_log(out / "log.jsonl", 0)
+    processes = [start(argv, out, tmp_path / f"{rank}.txt", environment=environment)
+                 for rank, environment in enumerate(rank_environments(2))]
+    first, second = [finish(process, 60) for process in processes]
+    log.close()
+    assert first[0] == 2 and "another run writes there" in first[1] and second[0] not in (0, None)
+
+
 RANK_1_DIES_ONCE = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
@@ -678,7 +754,7 @@ def learning_rate(step, *more):
     if step + 1 == 9 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
     return original(step, *more)
-pretrain.learning_rate = learning_rate
+pretrain.learning_rate, pretrain.SAVE_EVERY = learning_rate, 0
 data.run(pretrain.main, models.CheckpointError, OSError)
 """
 

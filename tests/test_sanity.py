@@ -22,9 +22,9 @@ def crops_of(patches, content=None, scaling=None, baseline=None, seed=0):
                                 patches.rows_of(split), args) for split in ("validation", "test")]
 
 
-def scores(parts, labels, chosen, task="single", seed=0, kind="linear"):
+def scores(parts, labels, chosen, task="single", seed=0):
     rows = chosen[linear_eval.training_rows(labels[chosen], 1, seed)]
-    return linear_eval.probe(task, *parts, rows, labels, seed, kind)[0]
+    return linear_eval.probe(task, *parts, rows, labels, seed)[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_pretraining_beats_random_weights(tmp_path):
     one."""
     simulate.simulate_dfc2020(tmp_path / "tree", train=96, test=160, size=32, seed=3)
     patches = data.pack(tmp_path / "tree", tmp_path / "store")
-    rows, found = patches.rows_of("validation"), {"retrieval": [], "linear": [], "knn": []}
+    rows, found = patches.rows_of("validation"), {"retrieval": [], "linear": []}
     for seed, pretrained in enumerate(begin()):
         out = pretrained.result()
         content = models.load_checkpoint(out / "last.pt")
@@ -100,10 +100,8 @@ def test_pretraining_beats_random_weights(tmp_path):
         found["retrieval"].append((retrieval[0], retrieval[-1]))
         _, scaling = models.load_encoders(content)
         both = crops_of(patches, baseline="random", seed=seed), crops_of(patches, content, scaling)
-        for kind in ("linear", "knn"):
-            averages = [scores(parts, patches.labels, rows, seed=seed, kind=kind)["average"]
-                        for parts in both]
-            found[kind].append(averages)
+        found["linear"].append([scores(parts, patches.labels, rows, seed=seed)["average"]
+                                for parts in both])
     for reading, numbers in found.items():
         before, after = np.array(numbers).T
         print(f"{reading}: random {before.round(3)}, pretrained {after.round(3)}")
