@@ -13,7 +13,6 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import itertools
 import json
 import logging
 import math
@@ -45,9 +44,8 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 4
-RASTER = re.compile(r"[^.].*\.(tiff?|vrt)", re.IGNORECASE)
-ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.\w+", re.IGNORECASE)
-PLAIN = re.compile(r"(.*?/)??(s1|s2|classes)/(.*)\.\w+", re.IGNORECASE)
+ROI = re.compile(r".*/(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(tiff?|vrt)", re.IGNORECASE)
+PLAIN = re.compile(r"(?:(.*?)/)??(s1|s2|classes)/(.*)\.(?:tiff?|vrt)", re.IGNORECASE)
 BAND = re.compile(r"(?<![A-Z0-9])(?:(VV|VH|HH|HV)|B0?(\d+A?))(?![A-Z0-9])")
 
 
@@ -195,18 +193,19 @@ def refuse_other_grid(one, other):
 
 
 def place_of(name):
-    """Path of a raster in a tree -> id, split and scene of its patch, and the sensor `s1`, `s2` or
+    """Path of a file in a tree -> id, split and scene of its patch, and the sensor `s1`, `s2` or
     `classes`; None where it is of neither layout."""
-    if match := ROI.fullmatch(name):
-        season, split, sensor, scene, number = match.groups()
+    if match := ROI.fullmatch("/" + name):
+        season, split, sensor, scene, number, _ = match.groups()
         scene = f"{season}_{scene}"
         return f"{scene}_{number}", split, scene, sensor.lower().replace("dfc", "classes")
     if match := PLAIN.fullmatch(name):
         above, sensor, below = match.groups("")
-        *folders, _ = (above + below).split("/")
+        patch = os.path.join(above, below)
+        folders = patch.split("/")[:-1]
         splits = [SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS]
-        scene = "/".join(folders) if len(folders) > len(splits) else above + below
-        return above + below, "".join(splits[:1]), scene, sensor.lower()
+        scene = os.path.dirname(patch) if len(folders) > len(splits) else patch
+        return patch, "".join(splits[:1]), scene, sensor.lower()
     return None
 
 
@@ -217,22 +216,21 @@ def find_pairs(tree):
     def refuse(error):
         raise error
 
-    walk = os.walk(tree, onerror=refuse, followlinks=True)
-    for folder, folders, names in tqdm(walk, "looking into folders", delay=1):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in [f"{folder}/{name}" for name in names if RASTER.fullmatch(name)]:
-            patch, split, scene, sensor = place_of(os.path.relpath(path, tree)) or [None] * 4
+    for folder, _, names in tqdm(os.walk(tree, onerror=refuse, followlinks=True), delay=1):
+        for path in [f"{folder}/{name}" for name in names if not name.startswith(".")]:
+            if not (place := place_of(os.path.relpath(path, tree))):
+                continue
+            patch, split, scene, sensor = place
             if sensor in found[patch]:
                 raise DataError(f"{found[patch][sensor]}, {path}: both {sensor} of {patch}: is one "
                                 "a link or a copy? Move it elsewhere")
             if path.encode(errors="replace") != os.fsencode(path):
                 raise DataError(f"{path!a}: a name that is not UTF-8: rename it")
-            if sensor:
-                found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
+            found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
     if not any(pair.keys() >= {"s1", "s2"} for pair in found.values()):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and ROIs"
                         "1158_spring_s2_1_p30.tif, or s1/NAME.tif and s2/NAME.tif: see README")
-    return [found[patch] for patch in sorted(filter(None, found))]
+    return [found[patch] for patch in sorted(found)]
 
 
 def read_legend(tree):
@@ -260,9 +258,11 @@ def make_plan(tree, pairs, s2_offset):
     legend, root, kinds = read_legend(tree), Path(tree).resolve(), Counter()
     products = [legend["s2"]] if legend["s2"] else [S2_BANDS, L2A_BANDS]
     paths = [pair["s2"] for pair in pairs if "s2" in pair]
-    for path, bands in itertools.product(paths[::math.ceil(len(paths) / 100)], products):
-        with contextlib.suppress(DataError):
-            kinds[Raster(path, "s2", bands).tif.shape, tuple(bands)] += 1
+    for path in paths[::math.ceil(len(paths) / 100)]:
+        for bands in products:
+            with contextlib.suppress(DataError):
+                kinds[Raster(path, "s2", bands).tif.shape, tuple(bands)] += 1
+                break
     if not kinds:
         Raster(paths[0], "s2", products[0])  # says what is wrong
     (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files, of equals the first
@@ -330,15 +330,10 @@ def statistics(image, unit):
 
 def fill(store, pairs, plan, threads, max_bad):
     """Read, judge and write the pairs whose rows are not whole, and index.json at last."""
-    arrays = [np.load(store / name, mmap_mode="r") for name in layout(plan)]
+    *images, records = arrays = [np.load(store / name, mmap_mode="r") for name in layout(plan)]
+    # On the disk when it is written, so that a power cut leaves no state without its row.
     files = [os.open(array.filename, os.O_WRONLY | os.O_DSYNC) for array in arrays]
     numbers, left_out = [*range(len(plan["classes"])), IGNORE], {}
-
-    def write(number, row, values):
-        """On the disk when it returns, so that a power cut leaves no state without its row."""
-        start = arrays[number].offset + row * values.nbytes
-        if os.pwrite(files[number], values.tobytes(), start) < values.nbytes:
-            raise DataError(f"{store}: the disk is full: make room and start again")
 
     def pack_row(row):
         try:
@@ -347,15 +342,15 @@ def fill(store, pairs, plan, threads, max_bad):
             return row, str(reason)
         pixels = np.bincount(classes.ravel(), minlength=256)[numbers]
         bands = np.transpose(statistics(s1, 100) + statistics(s2, 1))
-        record = np.array((0, offset, pixels, *bands), arrays[-1].dtype)
-        for number, values in enumerate((s1, s2, classes)[:len(files) - 1]):
-            write(number, row, values)
-        write(-1, row, record)
-        record["state"] = 1
-        write(-1, row, record)
+        record, whole = (np.array((state, offset, pixels, *bands), records.dtype) for state in (0, 1))
+        written = [*zip(files, arrays, (s1, s2, classes)[:len(images)] + (record,))]
+        for file, array, values in [*written, (files[-1], records, whole)]:
+            start = array.offset + row * values.nbytes
+            if os.pwrite(file, values.tobytes(), start) < values.nbytes:
+                raise DataError(f"{store}: the disk is full: make room and start again")
         return row, None
 
-    rows = np.flatnonzero(arrays[-1]["state"] == 0)
+    rows = np.flatnonzero(records["state"] == 0)
     with contextlib.closing(ahead(pack_row, rows, threads)) as results:
         for row, reason in tqdm(results, "packing", len(rows), unit="patch"):
             if reason:
@@ -364,7 +359,7 @@ def fill(store, pairs, plan, threads, max_bad):
                 raise DataError(f"{store}: {len(left_out)} of {len(pairs)} patches cannot be used, "
                                 f"--max-bad allows {max_bad:.1%}: {[*left_out.items()][:5]}. Mend "
                                 "them and start again, or allow more")
-    content = json.dumps(plan).encode() + arrays[-1].tobytes()
+    content = json.dumps(plan).encode() + records.tobytes()
     index = {**plan, "left_out": left_out, "identity": hashlib.sha256(content).hexdigest()[:12]}
     with open(store / "index.part", "w") as part:
         part.write(json.dumps(index))
