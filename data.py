@@ -3,10 +3,9 @@
     python data.py pack TREE STORE     # GeoTIFFs to plain .npy: parallel, resumable, safe to kill
     python data.py check STORE         # counts beside the published ones, bad files, value ranges
 
-A TREE is a folder of GeoTIFFs or VRTs: SEN12MS or DFC2020 in any of their layouts (found by file
-name), or plain pairs, see README. A STORE holds `s1.npy` (N, C1, H, W) in 1/100 dB, `s2.npy`
-(N, C2, H, W) reflectance x 10,000, perhaps `classes.npy` (N, H, W), `patches.npy` (N,) records,
-`index.json`. What a file says of itself is believed: see Raster.
+A TREE holds SEN12MS, DFC2020 or plain pairs, see README; what a file says of itself is believed,
+see Raster. A STORE holds `s1.npy` (N, C1, H, W) in 1/100 dB, `s2.npy` (N, C2, H, W) reflectance x
+10,000, perhaps `classes.npy` (N, H, W), `patches.npy` (N,) records, and `index.json`.
 """
 import argparse
 import contextlib
@@ -144,29 +143,27 @@ class Raster:
             there &= np.isfinite(image).all(0)
         return image, there
 
-    def judge(self, image, there):
-        """Find the offset: 1,000 where the band of cirrus shows it, since products of 2022 and
-        later hold reflectance x 10,000 + 1,000. DataError for other units."""
-        seen = image.reshape(len(image), -1) if there.all() else image[:, there]
-        low, high = seen.min(), seen.max()
-        unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
-        if self.sensor == "s2":
-            unit, plausible = "reflectance x 10,000", 0 <= low and 2 < high <= 65_535
-            plausible = plausible and seen.dtype != np.uint8
+    def judge(self, seen):
+        """Pixels (c, n): DataError where they are not in their unit; else find the offset, 1,000
+        where cirrus shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
+        low, high, unit = seen.min(), seen.max(), "reflectance x 10,000"
+        plausible = 0 <= low and 2 < high <= 65_535 and seen.dtype != np.uint8
+        if self.sensor == "s1":
+            unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
         if not plausible:
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
         if self.offset is None or self.sensor == "s1":
             cirrus = seen[self.bands.index("B10")].min() if "B10" in self.bands else 0
             self.offset = 1000 if cirrus >= 1000 else 0
-        self.judged = True
 
     def values(self, window=None):
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
         models.to_input() takes it. The first window that shows something is judged."""
         image, there = self.read(window)
         if there.any() and not self.judged:
-            self.judge(image, there)
+            self.judge(image.reshape(len(image), -1) if there.all() else image[:, there])
+            self.judged = True
         image = image.astype(np.float32) - (self.offset or 0)
         image[:, ~there] = np.nan
         return image
@@ -265,7 +262,7 @@ def make_plan(tree, pairs, s2_offset):
                 break
     if not kinds:
         Raster(paths[0], "s2", products[0])  # says what is wrong
-    (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files, of equals the first
+    (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files
     near = (root, *root.parents, *root.glob("*/"))
     plan = {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": list(bands)},
             "size": list(size), "classes": list(dict.fromkeys(legend["classes"].values())),
@@ -283,22 +280,22 @@ def read_patch(pair, plan):
     0 in s2. Raises DataError for a bad patch."""
     if lacking := {"s1", "s2"} - pair.keys():
         raise DataError(f"no {min(lacking)} file")
-    rasters, offset = {}, plan["s2_offset"]
-    for sensor in ("s2", "s1", "classes")[:len(pair) - 3]:
-        raster = rasters[sensor] = Raster(pair[sensor], sensor, plan["bands"].get(sensor), offset)
+    rasters, images, codes = {}, {}, np.full(plan["size"], -1)  # -1: no label
+    for sensor in [sensor for sensor in ("s2", "s1", "classes") if sensor in pair]:
+        bands = plan["bands"].get(sensor)
+        raster = rasters[sensor] = Raster(pair[sensor], sensor, bands, plan["s2_offset"])
         if list(raster.tif.shape) != plan["size"]:
             raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
         refuse_other_grid(raster.tif, rasters["s2"].tif)
-    images = {sensor: rasters[sensor].values() for sensor in ("s1", "s2")}
-    for sensor, image in images.items():
-        if np.isnan(image[0]).mean() > 0.5:
-            raise DataError(f"{rasters[sensor].name}: more than half of it is missing")
+        if sensor == "classes":
+            (codes,), there = raster.read()
+            codes = np.where(there | (codes == 0), codes, -1)  # 0 is a code as others are
+            break
+        images[sensor] = raster.values()
+        if np.isnan(images[sensor][0]).mean() > 0.5:
+            raise DataError(f"{raster.name}: more than half of it is missing")
     s1 = np.rint(np.nan_to_num(images["s1"] * 100, nan=MISSING)).astype(np.int16)
     s2 = np.rint(np.nan_to_num(images["s2"])).clip(0).astype(np.uint16)
-    codes = np.full(plan["size"], -1)  # no label
-    if "classes" in rasters:
-        (codes,), there = rasters["classes"].read()
-        codes = np.where(there | (codes == 0), codes, -1)  # 0 is a code as others are
     return s1, s2, classes_from_codes(codes, plan["codes"]), rasters["s2"].offset
 
 

@@ -38,7 +38,7 @@ MISSING = -32768  # in S1 as integers
 SCALING = {
     "patch-max": "S1 clipped to -25..0, plus 25; S2 to 0..10000; each channel / (its max + 1e-5)",
     "fixed": "S1 clipped to -25..0, plus 25, / 25; S2 clipped to 0..10000, / 10000",
-    "standard": "(value - mean) / std of the band; missing S1 becomes 0"}
+    "standard": "(value - mean) / std of the band; what is missing becomes 0"}
 ARCHITECTURES = {"resnet18": resnet18, "resnet50": resnet50}
 # The rows of the tables in the poster's order: what each encoder sees, whether it is pretrained.
 METHODS = {
@@ -61,7 +61,8 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
 
     s1: (N, c1, h, w) int16 in 1/100 dB, -32768 missing, or float in dB, NaN or infinite missing.
     s2: (N, c2, h, w) reflectance x 10,000 + s2_offset, 1,000 in products of processing baseline
-        04.00 (2022) and later, 0 in a store. bands: {"s1": names, "s2": names} to be checked.
+        04.00 (2022) and later, 0 in a store; missing where it is 0 or not finite in all bands.
+    bands: {"s1": names, "s2": names} to be checked.
     scale: a key of SCALING. stats, for `standard`: {"s1": {"mean": [dB], "std": [dB]}, "s2": ...}.
     -> two float32 tensors, finite for any input. ValueError for other bands or an unknown scale.
     """
@@ -71,9 +72,12 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
             raise ValueError(f"{sensor}: {x.shape[1]} channels, not {' '.join(bands[sensor])}")
     missing = ~s1.isfinite() if s1.is_floating_point() else s1 == MISSING
     s1 = (s1 if s1.is_floating_point() else s1 / 100).float().masked_fill(missing, -99)
-    s2 = (s2.float().nan_to_num(0, posinf=0, neginf=0) - s2_offset).clamp(0)
+    s2 = s2.float().nan_to_num(0, posinf=0, neginf=0)
+    unseen = (s2 == 0).all(1, keepdim=True)
+    s2 = (s2 - s2_offset).clamp(0)
     if scale == "standard":
-        return standardise(s1, stats["s1"]).masked_fill(missing, 0), standardise(s2, stats["s2"])
+        s1, s2 = standardise(s1, stats["s1"]), standardise(s2, stats["s2"])
+        return s1.masked_fill(missing, 0), s2.masked_fill(unseen, 0)
     s1, s2 = s1.clamp(-25, 0) + 25, s2.clamp(max=10_000)
     if scale == "fixed":
         return s1 / 25, s2 / 10_000
