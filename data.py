@@ -172,21 +172,21 @@ class Raster:
 def refuse_other_grid(one, other):
     """DataError where two open rasters say that they do not lie on one grid: what differs, and how
     to warp the first. One that says nothing is believed to lie where the other does."""
-    differ = []
-    if one.shape != other.shape:
-        differ.append(f"{one.width} x {one.height} and {other.width} x {other.height} px")
+    grids = [np.reshape(tif.transform, (3, 3)) for tif in (one, other)]
+    if one.transform.is_identity or other.transform.is_identity:
+        grids = [np.eye(3)] * 2  # of their sizes alone
+    corners = [grid @ [[0, tif.width, 0], [0, 0, tif.height], [1, 1, 1]]
+               for grid, tif in zip(grids, (one, other))]
+    apart = np.abs(np.linalg.pinv(grids[1]) @ (corners[0] - corners[1])).max()  # px of the other
     if one.crs and other.crs and one.crs != other.crs:
-        differ.append(f"{one.crs} and {other.crs}")
-    elif not (one.transform.is_identity or other.transform.is_identity):
-        right, down = one.width, one.height
-        corners = np.array([[0, right, 0, right], [0, 0, down, down], [1, 1, 1, 1]])
-        of_one, of_other = (np.reshape(tif.transform, (3, 3)) for tif in (one, other))
-        apart = np.abs(np.linalg.pinv(of_other) @ of_one @ corners - corners).max()
-        if apart > 1e-3:
-            differ.append(f"{apart:.4g} px apart")
-    if differ:
-        raise DataError(f"{one.name}, {other.name}: not on one grid: {'; '.join(differ)}: rio warp "
-                        f"{one.name} WARPED.tif --like {other.name} --resampling bilinear")
+        differ = f"{one.crs} and {other.crs}"
+    elif apart > 1e-3:
+        differ = (f"{one.width} x {one.height} and {other.width} x {other.height} px, up to "
+                  f"{apart:.4g} px apart")
+    else:
+        return
+    raise DataError(f"{one.name}, {other.name}: not on one grid: {differ}: rio warp {one.name} "
+                    f"WARPED.tif --like {other.name} --resampling bilinear")
 
 
 def place_of(name):

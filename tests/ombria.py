@@ -75,7 +75,8 @@ def convert(place, date, split, out, suffix="", mask=False):
         radar, optical, *flood = map(read, files)
     except rasterio.errors.RasterioError as error:
         return f"{place['name']} {date}: {error}"
-    images = {"s1": radar[:1] * np.float32(25 / 255) - 25, "s2": optical[:3] * np.uint16(39)}
+    db = radar[:1] * np.float32(25 / 255) - 25
+    images = {"s1": db.clip(max=-0.004), "s2": optical[:3] * np.uint16(39)}  # 0 dB is no data
     if mask:
         images["classes"] = np.where(flood[0][:1] > 127, 2, 1).astype(np.uint8)
     for sensor, image in images.items():

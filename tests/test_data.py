@@ -32,23 +32,34 @@ LAYOUTS = {  # path of a file of a patch, which sensor has its codes, split, id,
                  "ROIs0000_test_{scene}_p{patch}", "ROIs0000_test_{scene}"),
     "plain": ("{s}/place {scene} é {patch}.tif", "classes", "",
               "place {scene} é {patch}", "place {scene} é {patch}"),
-    "plain split": ("train/{s}/{scene}.{patch}.tiff", "classes", "validation",
-                    "validation/{scene}.{patch}", "validation/{scene}.{patch}"),
+    "plain split": ("train/{s}/{scene}.{patch}.tiff", "classes", "train",
+                    "train/{scene}.{patch}", "train/{scene}.{patch}"),
     "scenes": ("{s}/river {scene}/{patch}.tif", "classes", "",
                "river {scene}/{patch}", "river {scene}"),
     "scenes split": ("test/{s}/river {scene}/{patch}.tif", "classes", "test",
                      "test/river {scene}/{patch}", "test/river {scene}"),
+    "split below": ("{s}/Val/river {scene}/{patch}.TIF", "classes", "validation",
+                    "Val/river {scene}/{patch}", "Val/river {scene}"),
 }
 OF_CODE = np.full(256, 255)  # class of each code of DFC2020
 OF_CODE[[1, 2, 4, 5, 6, 7, 9, 10]] = range(8)
 
 
-def write_tif(path, array):
+GRID = rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)
+
+
+def write_tif(path, array, names=None, mask=None, **profile):
+    """names: of the bands. mask: where there is data."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(path, "w", driver="GTiff", count=len(array), height=array.shape[1],
-                       width=array.shape[2], dtype=array.dtype,
-                       transform=rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)) as tif:
+    settings = {"driver": "GTiff", "count": len(array), "height": array.shape[1], "width": array.shape[2],
+                "dtype": array.dtype, "transform": GRID, **profile}
+    with rasterio.open(path, "w", **settings) as tif:
         tif.write(array)
+        if names:
+            tif.descriptions = names
+        if mask is not None:
+            tif.write_mask(mask)
+    return path
 
 
 def read(path):
@@ -81,8 +92,8 @@ def as_stored(files):
     return [s1, read(files["s2"]), *(OF_CODE[code].astype(np.uint8) for code in codes)]
 
 
-def rewrite(change):
-    return lambda path: write_tif(path, change(read(path)))
+def rewrite(change, **settings):
+    return lambda path: write_tif(path, change(read(path)), **settings)
 
 
 def with_value(value, dtype=None):
@@ -93,32 +104,41 @@ def with_value(value, dtype=None):
     return rewrite(change)
 
 
-def as_complex(path):
-    """Single look complex, of whose data type numpy knows nothing."""
-    with rasterio.open(path, "r") as tif:
-        profile = tif.profile
-    with rasterio.open(path, "w", **{**profile, "dtype": "complex_int16"}):
-        pass
+def seen_below(array, share=0.6):
+    """0 in all bands of this share of the lines."""
+    array[:, :math.ceil(share * array.shape[1])] = 0
+    return array
 
 
+def named(names, **settings):
+    return rewrite(lambda array: array, names=names, **settings)
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 BAD = {  # how to spoil a file -> the sensor, what is done to it, words of the reason
-    "bands": ("s2", rewrite(lambda a: a[:11]), r"\(11, [0-9]+, [0-9]+\) of bands.* not int \(1[23], "),
-    "s1 bands": ("s1", rewrite(lambda a: a[:1]), r"float32 \(1, .* not float \(2, "),
-    "size": ("s1", rewrite(lambda a: a[:, :-2]), r"\(2, 14, 16\) of bands, height, width; not float \(2, 16, 16\)"),
-    "label size": ("dfc", rewrite(lambda a: a[:, :, 1:]), r"\(1, 16, 15\) .* not int \(1, 16, 16\)"),
-    "label type": ("dfc", rewrite(np.float64), r"float64 \(1, .* not int"),
-    "type": ("s2", rewrite(np.float32), "float32 .* not int"),
-    "s1 type": ("s1", rewrite(np.int16), "int16 .* not float"),
-    "complex": ("s1", as_complex, "complex_int16 .* not float"),
-    "truncated": ("s2", lambda p: os.truncate(p, p.stat().st_size // 2), "truncated"),
-    "empty": ("s1", lambda p: p.write_bytes(b""), "not a TIFF"),
-    "no TIFF": ("s1", lambda p: p.write_text("<html>please log in</html>"), "not a TIFF"),
-    "NaN": ("s1", with_value(np.nan), "NaN or infinite"),
-    "infinite": ("s1", with_value(-np.inf), "NaN or infinite"),
-    "linear": ("s1", rewrite(lambda a: 10 ** (a / 10)), "never below 0, so not in dB"),
-    "zero": ("s2", rewrite(np.zeros_like), r"all zero \(nodata\)"),
-    "negative": ("s2", with_value(-1, np.int32), "outside 0..65535"),
-    "large": ("s2", with_value(65_536, np.uint32), "outside 0..65535"),
+    "bands": ("s2", rewrite(lambda a: a[:11]), "11 bands, .*needed are B1 .* B12"),
+    "s1 bands": ("s1", rewrite(lambda a: a[:1]), "1 bands, None; needed are VV VH: .*legend.json"),
+    "bands of another mode": ("s1", named(["HH", "HV"]), "2 bands, HH HV; needed are VV VH"),
+    "bands of one name": ("s1", named(["VV", "vv"]), "VV vv; needed are VV VH"),
+    "bands half named": ("s1", named(["VV", None]), "VV None; needed are VV VH"),
+    "size": ("s1", rewrite(lambda a: a[:, :-2]), r"\(14, 16\) px, most are \[16, 16\]"),
+    "label size": ("dfc", rewrite(lambda a: a[:, :, 1:]), r"\(16, 15\) px, most are \[16, 16\]"),
+    "complex": ("s1", rewrite(lambda a: a * np.complex64(1 + 1j)), "complex64"),
+    "truncated": ("s2", lambda p: os.truncate(p, p.stat().st_size // 2), "cannot be read, is it cut off"),
+    "empty": ("s1", lambda p: p.write_bytes(b""), "cannot be read"),
+    "no TIFF": ("s1", lambda p: p.write_text("<html>please log in</html>"), "cannot be read"),
+    "LFS": ("s2", lambda p: p.write_text(LFS), "Git LFS pointer"),
+    "NaN": ("s1", rewrite(lambda a: a * np.nan), "more than half of it is missing"),
+    "mostly missing": ("s2", rewrite(seen_below), "more than half of it is missing"),
+    "untagged no data": ("s1", with_value(-9999), "-9999 to .*, float32, is not dB.*a_nodata"),
+    "linear": ("s1", rewrite(lambda a: 10 ** (a / 10)), "is not dB, 10 log10 of power"),
+    "linear, no data": ("s1", lambda p: write_tif(p, seen_below(10 ** (read(p) / 10), 0.1), nodata=0), "is not dB"),
+    "zero": ("s2", rewrite(np.zeros_like), "more than half of it is missing"),
+    "negative": ("s2", with_value(-1, np.int32), "-1 to .*is not reflectance x 10,000"),
+    "large": ("s2", with_value(65_536, np.uint32), "to 65536, uint32, is not reflectance x 10,000"),
+    "8 bit": ("s2", rewrite(lambda a: (a // 64 + 1).astype(np.uint8)), "uint8, is not reflectance x 10,000"),
+    "0 to 1": ("s2", rewrite(lambda a: a / np.float32(10_000)), "float32, is not reflectance x 10,000: convert"),
+    "moved": ("s1", rewrite(np.copy, transform=GRID @ rasterio.Affine.translation(3, 0)), "on one grid: 3 px apart"),
     "dangling": ("s2", lambda p: (p.unlink(), p.symlink_to("gone")), "cannot be read"),
     "partner": ("s2", Path.unlink, "no s2 file"),
 }
@@ -286,8 +306,10 @@ def test_splits(tmp_path, rng):
     copy = tmp_path / "t/copy/ROIs1158_spring_s1_1_p9.tif"
     copy.parent.mkdir()
     copy.write_bytes(b"")
-    with pytest.raises(data.DataError, match="ROIs1158_spring_s1_1_p9.tif: the same patch: remove one"):
+    with pytest.raises(data.DataError, match=r"/ROIs1158_spring_s1_1_p9.tif, .*/ROIs1158_spring_s1_1_p9.tif: both "
+                                             "s1 of ROIs1158_spring_1_p9") as error:
         data.pack(tmp_path / "t", tmp_path / "other")
+    assert "remove" not in str(error.value) and not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -311,7 +333,7 @@ def test_bad_files_by_name(seed, tmp_path):
             assert (array[row] == values).all()
 
 
-def test_bands_and_size_are_those_of_the_first_file_that_opens(tmp_path, rng):
+def test_bands_and_size_are_those_of_files_that_open(tmp_path, rng):
     written = list(write_tree(tmp_path / "t", rng, 12).values())
     written[0]["s2"].unlink()
     patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.1)
@@ -323,7 +345,7 @@ def test_bands_and_size_are_those_of_the_first_file_that_opens(tmp_path, rng):
     for files in written[1:]:
         files["s2"].unlink()
         files["s2"].write_bytes(b"")
-    with pytest.raises(data.DataError, match=written[-1]["s2"].name + ": 0 bands"):
+    with pytest.raises(data.DataError, match=r"_p\d+.tif: cannot be read"):
         data.pack(tmp_path / "t", tmp_path / "no such")
     assert not (tmp_path / "no such").exists()
 
@@ -370,11 +392,10 @@ def test_bands_by_name_in_any_order(tmp_path, rng):
         some = data.Patches(store, bands)
         assert some.bands["s1"] + some.bands["s2"] == sorted(bands, key=lambda b: b in data.L2A_BANDS)
         batch = np.array([4]), np.array([2]), np.array([1])
-        for patches in (some, data.Patches(store, bands).hold("cpu")):
-            (a, b, classes, _), = data.loader(patches, [batch], 9)
-            assert (a[0].numpy() == s1[radar, 2:11, 1:10]).all() and a.shape[1] == len(radar)
-            assert (b[0].numpy() == s2[optical, 2:11, 1:10]).all() and b.shape[1] == len(optical)
-            assert classes is None
+        (a, b, classes, _), = data.loader(some, [batch], 9)
+        assert (a[0].numpy() == s1[radar, 2:11, 1:10]).all() and a.shape[1] == len(radar)
+        assert (b[0].numpy() == s2[optical, 2:11, 1:10]).all() and b.shape[1] == len(optical)
+        assert classes is None
 
 
 # ------------------------------------------------------------------------------ processing baseline
@@ -515,8 +536,8 @@ def test_wrong_legends_are_one_line(name, tmp_path, rng):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"s2": ["B4", "B3"]}, r"s2/place 1 é 10.tif: 13 bands, not .*B4.*B3.*legend.json"),
-    ({"s1": ["VV"]}, "[0-9] of 6 patches cannot be used.*place 1 é 10.tif: float32 .2, .*not float .1, ")])
+    ({"s2": ["B4", "pan"]}, r"place \d é \d+.tif: 13 bands, .*needed are B4 pan: .*legend.json"),
+    ({"s1": ["pol"]}, r"[0-9] of 6 patches cannot be used.*place 1 é 10.tif: 2 bands, None None; needed are pol")])
 def test_bands_that_the_files_do_not_have(change, words, tmp_path, rng):
     legend_tree(tmp_path / "t", rng, change, (2, 13))
     with pytest.raises(data.DataError, match=words) as error:
@@ -652,10 +673,8 @@ def test_batches_do_not_depend_on_threads_or_where_they_are_cut(store, classes, 
     for batches, crop in ((some_batches(), 9), (data.grid_crops(np.arange(23), (16, 12), 7, 6), 7),
                           (data.grid_crops([3, 3, 9], (16, 12), 12, 100, middle=True), 12)):
         expected = list(by_hand(data.Patches(store, bands), batches, crop, classes))
-        for threads, held in ((1, False), (2, False), (5, False), (None, False), (1, True), (3, True)):
-            patches = data.Patches(store, bands)
-            patches = patches.hold("cpu") if held else patches
-            found = list(data.loader(patches, batches, crop, "cpu", threads, classes))
+        for threads in (1, 2, 5, None):
+            found = list(data.loader(data.Patches(store, bands), batches, crop, "cpu", threads, classes))
             same(found, expected)  # all of them kept: none shares its pixels with another
 
 
@@ -665,9 +684,8 @@ def test_class_maps_are_read_only_where_asked_for(store, tmp_path, rng):
     assert all(classes is None for _, _, classes, _ in data.loader(patches, some_batches(), 9))
     write_tree(tmp_path / "t", rng, 5, labels=False)
     patches = data.pack(tmp_path / "t", tmp_path / "store")
-    for held in (patches, data.Patches(tmp_path / "store").hold("cpu")):
-        with pytest.raises(IndexError):  # and not what happened to be in the memory
-            list(data.loader(held, data.grid_crops(patches.rows, (16, 16), 8, 2, middle=True), 8, classes=True))
+    with pytest.raises(IndexError):  # and not what happened to be in the memory
+        list(data.loader(patches, data.grid_crops(patches.rows, (16, 16), 8, 2, middle=True), 8, classes=True))
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -704,7 +722,8 @@ def test_breaking_off_leaves_no_thread(store):
 
 
 @pytest.mark.parametrize("classes", [False, True])
-def test_all_patches_of_a_batch_are_asked_for_and_no_more(store, monkeypatch, classes):
+@pytest.mark.parametrize("bands", [None, ["B8", "VH", "B1"]])
+def test_the_lines_of_a_batch_are_asked_for_and_no_more(store, monkeypatch, classes, bands):
     asked = []
 
     def advise(file, start, length, advice):
@@ -713,11 +732,15 @@ def test_all_patches_of_a_batch_are_asked_for_and_no_more(store, monkeypatch, cl
 
     monkeypatch.setattr(os, "posix_fadvise", advise)
     batch = np.array([20, 1, 4, 1]), np.array([2, 0, 7, 5]), np.array([0, 1, 3, 2])
-    same(list(data.loader(data.Patches(store), [batch], 9, classes=classes)),
-         list(by_hand(data.Patches(store), [batch], 9, classes)))
-    lengths = {"s1.npy": 2 * 16 * 12 * 2, "s2.npy": 13 * 16 * 12 * 2, "classes.npy": 16 * 12}
-    assert asked == [(name, 128 + row * length, length) for name, length in [*lengths.items()][:2 + classes]
-                     for row in batch[0]]
+    same(list(data.loader(data.Patches(store, bands), [batch], 9, classes=classes)),
+         list(by_hand(data.Patches(store, bands), [batch], 9, classes)))
+    picks = {"s1.npy": (2, 2, [1] if bands else range(2)), "s2.npy": (13, 2, [7, 0] if bands else range(13)),
+             "classes.npy": (1, 1, [0])}
+    expected = []
+    for name, (count, size, pick) in [*picks.items()][:2 + classes]:
+        for row, top, _ in zip(*batch):
+            expected += [(name, 128 + ((row * count + band) * 16 + top) * 12 * size, 9 * 12 * size) for band in pick]
+    assert asked == expected
 
 
 # ------------------------------------------------------------------------------ as a user
@@ -742,8 +765,8 @@ def test_commands(tmp_path, rng, monkeypatch, capsys):
     call(monkeypatch, data, "check", out)
     assert capsys.readouterr().out == packed
     patches = data.Patches(out)
-    assert patches.simulated and "validation: 8\n" in packed
-    for published in ("180,662", "986", "5,128", "left out: 1\n", "validation/1.10: 1.10.tiff: "):
+    assert patches.simulated and "train: 8\n" in packed
+    for published in ("180,662", "986", "5,128", "left out: 1\n", "train/1.10: 1.10.tiff: "):
         assert published in packed
     labels = Counter(patches.labels[patches.rows].tolist())
     for number, count in labels.items():
@@ -761,13 +784,15 @@ def test_commands(tmp_path, rng, monkeypatch, capsys):
 
 
 def test_wrong_input_is_one_line_and_exit_status_2(tmp_path, rng, monkeypatch, capsys):
-    tree, store, four = tmp_path / "t", tmp_path / "store", tmp_path / "four"
+    tree, store, four, empty = (tmp_path / name for name in ("t", "store", "four", "empty"))
+    empty.mkdir()
     written = write_tree(tree, rng, 3, layout="plain", bands=(2, 12))
     write_tree(four, rng, 3, layout="plain", bands=(2, 4))
     (tmp_path / "file").touch()
     for words, *command in (
             (f"{tree}: not a whole store.*data.py pack {tree} STORE.*README.*SEN12MS", "check", tree),
-            (f"{tmp_path}/none: no pairs .*README", "pack", tmp_path / "none", store),
+            (f"No such file or directory: .*{tmp_path}/none", "pack", tmp_path / "none", store),
+            (f"{empty}: no pairs .*README", "pack", empty, store),
             ("9.tif: 4 bands.*legend.json", "pack", four, store),
             ("not above 0", "pack", tree, store, "--threads", 0),
             ("s2-offset", "pack", tree, store, "--s2-offset", -1),
@@ -776,8 +801,8 @@ def test_wrong_input_is_one_line_and_exit_status_2(tmp_path, rng, monkeypatch, c
         assert data.re.search(words, refused(monkeypatch, capsys, *command))
         assert not store.exists()
     for files in written.values():
-        rewrite(lambda a: (a // 64).astype(np.uint8))(files["s2"])  # eight bits are below any offset
-    assert not data.pack(tree, store, s2_offset=1000).arrays[1].any()
+        rewrite(lambda a: a // 64 + 1)(files["s2"])
+    assert "cannot be used" in refused(monkeypatch, capsys, "pack", tree, tmp_path / "below", "--s2-offset", 1000)
     assert "no pairs" in refused(monkeypatch, capsys, "pack", store, tmp_path / "other")
 
 

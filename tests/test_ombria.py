@@ -59,7 +59,7 @@ def test_two_trees_that_pack(clone, tmp_path, monkeypatch, capsys):
         assert patches.bands == {"s1": ["VV"], "s2": ["B12", "B8", "B4"]} and patches.classes == ["dry", "flooded"]
         assert len(patches.rows_of("test")) == 6 and len(patches.rows) == 12 and not patches.left_out
         assert {patches.scenes[row].split("/")[-1] for row in patches.rows_of("test")} == {"ALBANIA", "FRANCE", "TIMOR"}
-    assert pairs.labels is None and len(flood.rows_of("validation")) == 6
+    assert pairs.labels is None and len(flood.rows_of("train")) == 6
     row = next(row for row, patch in enumerate(flood.ids) if patch.endswith("0004"))
     grey = images["OmbriaS1/test/AFTER/S1_after_0004.png"]
     np.testing.assert_allclose(flood.arrays[0][row] / 100, grey / 255 * 25 - 25, atol=0.006)
@@ -76,9 +76,9 @@ def test_both_dates_and_regions_held_out(clone, tmp_path, monkeypatch):
     convert(monkeypatch, folder, tmp_path / "out", "--dates", "both", "--regions", tmp_path / "regions.csv",
             "--test-regions", "R1")
     pairs = data.pack(tmp_path / "out/pairs", tmp_path / "pairs", max_bad=0.1)
-    assert len(pairs.rows) == 24 and len(pairs.rows_of("validation")) == 6  # three places, two dates
-    scenes = {split: {pairs.scenes[row].split("/")[-1] for row in pairs.rows_of(split)} for split in ("validation", "test")}
-    assert scenes == {"validation": {"R0"}, "test": {"R1", "ALBANIA", "FRANCE", "TIMOR"}}
+    assert len(pairs.rows) == 24 and len(pairs.rows_of("train")) == 6  # three places, two dates
+    scenes = {split: {pairs.scenes[row].split("/")[-1] for row in pairs.rows_of(split)} for split in ("train", "test")}
+    assert scenes == {"train": {"R0"}, "test": {"R1", "ALBANIA", "FRANCE", "TIMOR"}}
 
 
 def test_a_clone_that_lacks_parts_and_files(clone, tmp_path, monkeypatch, capsys):
