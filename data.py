@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
+from rasterio.enums import MaskFlags
 from tqdm import tqdm
 
 os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "TRUE")  # side-cars by name, no listing
@@ -112,6 +113,8 @@ class Raster:
         self.offset, self.judged = offset, False
         with reading(path):
             self.tif = rasterio.open(path)
+        if not bands and self.tif.count > 1:
+            raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
         self.numbers = self.find_bands() if bands else [1]
 
     def find_bands(self):
@@ -135,8 +138,10 @@ class Raster:
     def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. Not there is what the
         nodata value or a mask says of any band, what is not finite in any, and what is 0 in all."""
-        with reading(self.tif.name):
-            image = self.tif.read(self.numbers, window=window, masked=self.tif.nodata != 0)
+        tif = self.tif
+        masked = tif.nodata != 0 or MaskFlags.nodata not in tif.mask_flag_enums[0]
+        with reading(tif.name):
+            image = tif.read(self.numbers, window=window, masked=masked)
         image, masked = np.ma.getdata(image), np.ma.getmaskarray(image)
         there = image.any(0) & ~masked.any(0)  # the edge of many products is 0, often untagged
         if image.dtype.kind == "f":
@@ -153,9 +158,12 @@ class Raster:
         if not plausible:
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
-        if self.offset is None or self.sensor == "s1":
+        if self.sensor == "s1":
+            self.offset = 0
+        elif self.offset is None:
+            tagged = round(-self.tif.offsets[0] / self.tif.scales[0])
             cirrus = seen[self.bands.index("B10")].min() if "B10" in self.bands else 0
-            self.offset = 1000 if cirrus >= 1000 else 0
+            self.offset = tagged or (1000 if cirrus >= 1000 else 0)
 
     def values(self, window=None):
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
@@ -594,9 +602,13 @@ def check(patches):
     for band in zip(bands, lowest, highest, means, missing.mean(0)):
         print("{:<6}{:>10.2f}{:>10.2f}{:>10.2f}{:>10.2%}".format(*band))
     print(f"patches with missing pixels: {np.count_nonzero(missing.any(1)):,}")
-    if highest[-1] <= 255:
+    if highest[len(patches.bands["s1"]):].max() <= 255:
         print("S2 is never above 255: is it reflectance x 10,000?")
-    print(f"S2 offset subtracted (baseline 04.00 and later): {np.count_nonzero(records['offset'])}")
+    if {"VV", "VH"} <= {*bands} and means[bands.index("VH")] > means[bands.index("VV")]:
+        print("VH is brighter than VV: are they swapped? Name the bands in the files")
+    asked = "" if "B10" in bands else " (without B10 it cannot be told: see --s2-offset)"
+    offsets = np.count_nonzero(records["offset"])
+    print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}{asked}")
     first = {}
     for row, mean in zip(patches.rows, records["mean"]):
         other = first.setdefault(mean.tobytes(), row)
