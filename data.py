@@ -462,8 +462,9 @@ class Patches:
             self.bands[sensor] = [band for band in bands or stored if band in stored]
             self.picks.append([stored.index(band) for band in self.bands[sensor]])
         self.picks.append([0])  # of the class maps
-        if unknown := {*(bands or ())} - {*self.bands["s1"], *self.bands["s2"]}:
-            raise DataError(f"{path}: no band {' '.join(sorted(unknown))}, see --bands; it has "
+        known = self.bands["s1"] + self.bands["s2"]
+        if unknown := [band for band in bands or () if band not in known]:
+            raise DataError(f"{path}: no band {' '.join(unknown)}, see --bands; it has "
                             f"{index['bands']}")
 
     def rows_of(self, *splits):

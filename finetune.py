@@ -7,7 +7,7 @@
     python finetune.py --map OUT.tif --classifier DIR/late-fusion_single_1_seed0.pt \
         --s1 S1.tif --s2 S2.tif              # classes of a whole scene
 
-Every layer is trained, on random crops of the split `validation`, its patches repeated to balance
+Every layer is trained, on random crops of `train` and `validation`, patches repeated to balance
 the classes; the last epoch is tested on crops that cover each patch of the split `test`. A finished
 run is one JSON line in results.jsonl and is not repeated; the loss of every epoch is in log.jsonl.
 """
@@ -110,7 +110,7 @@ def evaluate(args, content):
             raise data.DataError(f"{path}: has other settings: choose another --save")
         if results.has(key) and (kept or not path):
             continue
-        name = f"{args.method} {task} {fraction:.0%} seed {seed}"
+        name = f"{args.method} {task} {100 * fraction:g} % seed {seed}"
         chosen = linear_eval.training_rows(labels, fraction, seed, args.label_sampling)
         encoders = linear_eval.make_encoders(args, content, patches, seed)
         model = models.Classifier(encoders, len(patches.classes))

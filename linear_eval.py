@@ -7,9 +7,9 @@
     python linear_eval.py --checkpoint C --data STORE --retrieve OUT.png
 
 The encoders run once over the crops that cover each patch. A logistic regression on their features
-is fitted to convergence, its penalty chosen by cross-validation; trained on is the split
-`validation`, as published, tested on is `test`. A finished run is one line of results.jsonl and is
-not repeated; `python finetune.py --report results` makes the tables.
+is fitted to convergence, its penalty chosen by cross-validation, on the splits `train` and
+`validation` (as published, DFC2020 has the second), and tested on `test`. A finished run is one line
+of results.jsonl and is not repeated; `python finetune.py --report results` makes the tables.
 """
 import argparse
 import contextlib
@@ -417,10 +417,10 @@ def open_labelled(args, content):
         raise data.DataError("--label-fraction: above 0 and at most 1")
     if patches.labels is None:
         raise data.DataError(f"{args.data}: no class maps: pack a tree that has them")
-    train_rows, test_rows = patches.rows_of("validation"), patches.rows_of("test")
+    train_rows, test_rows = patches.rows_of(*data.TRAINED_ON), patches.rows_of("test")
     if not all((patches.labels[rows] != data.IGNORE).any() for rows in (train_rows, test_rows)):
         raise data.DataError(
-            f"{args.data}: needs labelled patches of the splits `validation` (trained on) and "
+            f"{args.data}: needs labelled patches of the splits `train` or `validation` and of "
             f"`test`; it has {len(train_rows)} and {len(test_rows)}")
     stats = content["stats"] if content else patches.stats(train_rows)
     return patches, train_rows, test_rows, {"scale": args.scale, "stats": stats}

@@ -589,13 +589,13 @@ def test_crops_have_their_own_labels_among_many_classes(tmp_path):
     legend = {**FLOOD, "classes": {str(10 * c): f"class {c}" for c in range(12)}}
     for c in range(12):
         halves = np.repeat([10 * c, 10 * ((c + 1) % 12)], 8) * np.ones((1, 8, 1))
-        s2 = np.concatenate([halves] * 3)
-        write_pair(tmp_path / "tree/train", c, legend, halves - 200, s2, halves)
+        s2 = np.concatenate([halves + 10] * 3)
+        write_pair(tmp_path / "tree/train", c, legend, halves / 10 - 30, s2, halves)
     patches = data.pack(tmp_path / "tree", tmp_path / "store")
     args = linear_eval.evaluation_parser("").parse_args(["--crop", "8"])
     crops = linear_eval.extract(lambda s1, s2: s2.mean((2, 3)), {"scale": "fixed"}, patches,
                                 patches.rows, args)
-    codes = np.rint(crops["x"][:, 0] * 1e4).astype(int)  # the class is the reflectance
+    codes = np.rint(crops["x"][:, 0] * 1e4).astype(int) - 10  # the class is the reflectance
     for task in ("single", "multi"):
         np.testing.assert_array_equal(crops[task], np.eye(12)[codes // 10])
     assert crops["row"].tolist() == np.repeat(patches.rows, 2).tolist() and len(codes) == 24
