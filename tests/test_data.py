@@ -4,6 +4,9 @@ import itertools
 import json
 import math
 import os
+import shutil
+import subprocess
+import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
@@ -447,6 +450,536 @@ def test_one_pixel_of_cirrus_below_1000_and_there_is_no_offset(tmp_path, rng):
     patches = data.pack(tmp_path / "t", tmp_path / "store")
     assert patches.records["offset"].tolist() == [1000, 0]
     assert patches.arrays[1][0].min() == 0  # what was below it
+
+
+# ------------------------------------------------------------------------------ what a file says of itself
+
+def clean(rng, size=(12, 10), s2_bands=13):
+    """-> S1 and S2 of a patch on which nothing is missing."""
+    s1 = rng.normal(-12, 5, (2, *size)).clip(-40, -1).round(2).astype(np.float32)
+    s2 = rng.integers(1, 12_000, (s2_bands, *size)).astype(np.uint16)
+    s2[10] = s2[10] % 900 + 1  # cirrus, wherever it is looked at
+    return s1, s2
+
+
+def as_values(path, sensor, bands):
+    return data.Raster(path, sensor, bands).values()
+
+
+def packed_alone(tmp, s1, s2, **options):
+    """A tree of this pair of files, packed -> its store."""
+    for sensor, path in (("s1", s1), ("s2", s2)):
+        (tmp / "alone" / sensor).mkdir(parents=True, exist_ok=True)
+        for ending in ("", ".aux.xml", ".msk"):
+            if Path(f"{path}{ending}").exists():
+                Path(tmp, "alone", sensor, f"a{path.suffix}{ending}").symlink_to(f"{path}{ending}")
+    return data.pack(tmp / "alone", tmp / "alone.store", **options)
+
+
+S12 = [f"B{number:02}" for number in range(1, 13)]
+NAMES = {  # of a file's bands, in its order; its bands in our names, - for others
+    "VH first": ("s1", ["VH", "VV"], "VH VV"),
+    "small": ("s1", ["vh", "vv"], "VH VV"),
+    "SNAP": ("s1", ["Sigma0_VH_db", "Sigma0_VV_db"], "VH VV"),
+    "gamma": ("s1", ["Gamma0_VH", "Gamma0_VV"], "VH VV"),
+    "stack": ("s1", ["Sigma0_VH_mst_28Nov2026_db", "Sigma0_VV_mst_28Nov2026_db"], "VH VV"),
+    "Earth Engine": ("s1", ["VV", "VH", "angle"], "VV VH -"),
+    "angle first": ("s1", ["angle", "VH", "VV"], "- VH VV"),
+    "numbers": ("s1", ["Band 1", "Band 2"], "VV VH"),
+    "layers": ("s1", ["layer_1", "LAYER 2"], "VV VH"),
+    "B8A last": ("s2", [*S12, "B8A"], " ".join([*[f"B{k}" for k in range(1, 13)], "B8A"])),
+    "small letters": ("s2", [name.lower() for name in [*S12, "B8a"]], " ".join([*[f"B{k}" for k in range(1, 13)], "B8A"])),
+    "SNAP's S2": ("s2", [f"{name}, central wavelength {k} nm" for k, name in enumerate(data.S2_BANDS[::-1], 400)],
+                  " ".join(data.S2_BANDS[::-1])),
+    "with masks": ("s2", ["QA60", *data.S2_BANDS, "MSK_CLDPRB", "SCL"], " ".join(["-", *data.S2_BANDS, "-", "-"])),
+    "L2A and SCL": ("s2", [*data.L2A_BANDS, "SCL"], " ".join([*data.L2A_BANDS, "-"])),
+    "openEO": ("s2", ["SCL", *sorted(f"B{name[1:]:0>2}" for name in data.L2A_BANDS)],
+               "- " + " ".join([*[f"B{k}" for k in (*range(1, 10), 11, 12)], "B8A"])),
+    "numbered": ("s2", [f"Band {k}" for k in range(1, 14)], " ".join(data.S2_BANDS)),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bands_are_found_by_their_names(name, tmp_path, rng):
+    sensor, texts, order = NAMES[name]
+    order = order.split()
+    bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS if "B10" in order else data.L2A_BANDS}
+    if sensor == "s1":
+        bands["s2"] = data.S2_BANDS
+    images = dict(zip(("s1", "s2"), clean(rng, s2_bands=len(bands["s2"]))))
+    image, paths = images[sensor], {key: write_tif(tmp_path / f"{key}.tif", images[key]) for key in images}
+    junk = rng.integers(0, 200, image.shape[1:]).astype(image.dtype)
+    layers = [junk if band == "-" else image[bands[sensor].index(band)] for band in order]
+    write_tif(paths[sensor], np.stack(layers), texts)
+    assert np.array_equal(as_values(paths[sensor], sensor, bands[sensor]), image)
+    some = [*rng.permutation(bands[sensor])][:2]
+    assert np.array_equal(as_values(paths[sensor], sensor, some), image[[bands[sensor].index(band) for band in some]])
+    patches = packed_alone(tmp_path, paths["s1"], paths["s2"])
+    assert patches.bands == bands
+    for array, key in zip(patches.arrays, images):
+        assert np.array_equal(array[0], np.rint(images[key] * (100 if key == "s1" else 1)))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_any_order_of_named_bands(seed, tmp_path):
+    rng = np.random.default_rng(seed)
+    legend = {"s1": [*rng.permutation(["HH", "VV", "VH"])], "s2": [*rng.permutation(["red", "B8A", "pan", "B11", "θ"])]}
+    images = [rng.normal(-12, 5, (3, 9, 8)).clip(-60, -1).astype(np.float32), rng.integers(1, 9000, (5, 9, 8)).astype(np.uint16)]
+    for (sensor, names), image in zip(legend.items(), images):
+        order = rng.permutation(len(names))
+        write_tif(tmp_path / f"t/{sensor}/a.tif", image[order], [names[k] for k in order])
+    (tmp_path / "t/legend.json").write_text(json.dumps(legend))
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert np.array_equal(patches.arrays[0][0], np.rint(images[0] * 100)) and np.array_equal(patches.arrays[1][0], images[1])
+
+
+@pytest.mark.parametrize(("sensor", "texts"), [
+    ("s1", ["HH", "HV"]), ("s1", ["VV", "VV"]), ("s1", ["VV", "Sigma0_VV_db"]), ("s1", ["VV", None]),
+    ("s1", ["VV", "Band 2"]), ("s1", ["Intensity", "Coherence"]), ("s1", ["VV"]), ("s1", [None]),
+    ("s1", ["Sigma0_VV_mst", "Sigma0_VH_mst", "Sigma0_VV_slv", "Sigma0_VH_slv"]), ("s1", ["VV_VH", "VH_VV"]),
+    ("s2", [*data.S2_BANDS[:-1], "B1"]), ("s2", [*data.S2_BANDS[:-1], None]), ("s2", ["red"] * 13), ("s2", [None] * 14),
+    ("s2", ["blue", "green", "red"]), ("s2", [*data.L2A_BANDS])])
+def test_bands_that_cannot_be_told_are_refused_with_both_lists(sensor, texts, tmp_path, rng):
+    image = np.resize(clean(rng)[sensor == "s2"], (len(texts), 12, 10))
+    write_tif(tmp_path / "x.tif", image, texts if any(texts) else None)
+    needed = data.S1_BANDS if sensor == "s1" else data.S2_BANDS
+    with pytest.raises(data.DataError) as error:
+        data.Raster(tmp_path / "x.tif", sensor, needed)
+    line = str(error.value)
+    assert line.startswith("x.tif: ") and " ".join(needed) in line and " ".join(map(str, texts)) in line and "\n" not in line
+
+
+def side_car(path, nodata, count):
+    bands = "".join(f'<PAMRasterBand band="{k}"><NoDataValue>{nodata}</NoDataValue></PAMRasterBand>' for k in range(1, count + 1))
+    Path(f"{path}.aux.xml").write_text(f"<PAMDataset>{bands}</PAMDataset>")
+
+
+def write_vrt(path, sources, size, nodata=None, kind="Float32", names=None):
+    """sources: (file, band) of each band. nodata: of each band."""
+    height, width = size
+    bands = []
+    for k, (file, band) in enumerate(sources):
+        said = f"<Description>{names[k]}</Description>" if names else ""
+        said += f"<NoDataValue>{nodata[k]}</NoDataValue>" if nodata else ""
+        bands.append(f'<VRTRasterBand dataType="{kind}" band="{k + 1}">{said}<ComplexSource><SourceFilename relativeToVRT="0">'
+                     f"{file}</SourceFilename><SourceBand>{band}</SourceBand></ComplexSource></VRTRasterBand>")
+    Path(path).write_text(f'<VRTDataset rasterXSize="{width}" rasterYSize="{height}"><GeoTransform>{", ".join(map(str, GRID.to_gdal()))}'
+                          f'</GeoTransform>{"".join(bands)}</VRTDataset>')
+    return Path(path)
+
+
+def tagged(value, untagged=False, bands=slice(None), dtype=None, **profile):
+    """Where nothing was seen, this value in these bands, and the file says so."""
+    def write(path, image, there):
+        image = image.astype(dtype or image.dtype)
+        image[bands] = np.where(there, image[bands], value)
+        return write_tif(path, image, **(profile if untagged else {"nodata": value, **profile}))
+    return write
+
+
+def masked(internal):
+    def write(path, image, there):
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
+            write_tif(path, image, mask=there)
+        assert Path(f"{path}.msk").exists() == (not internal)
+        return path
+    return write
+
+
+def beside(value):
+    def write(path, image, there):
+        write_tif(path, np.where(there, image, image.dtype.type(value)))
+        side_car(path, value, len(image))
+        return path
+    return write
+
+
+def as_vrt(path, image, there):
+    """Each band has a nodata value of its own."""
+    values = [float(-9999 + k) if image.dtype.kind == "f" else 65_535 - k for k in range(len(image))]
+    image = np.stack([np.where(there, band, band.dtype.type(value)) for band, value in zip(image, values)])
+    write_tif(path.with_suffix(".source.tif"), image)
+    kind = "Float32" if image.dtype.kind == "f" else "UInt16"
+    sources = [(path.with_suffix(".source.tif"), k + 1) for k in range(len(image))]
+    return write_vrt(path.with_suffix(".vrt"), sources, there.shape, values, kind)
+
+
+HOLES = {  # how a file says what was not seen
+    "s1": {"-9999": tagged(-9999), "0": tagged(0), "-32768": tagged(-32768), "NaN": tagged(np.nan),
+           "lowest float": tagged(float(np.finfo(np.float32).min)), "0 untagged": tagged(0, True), "NaN untagged": tagged(np.nan, True),
+           "-inf": tagged(-np.inf, True), "inf in a band": tagged(np.inf, True, slice(1)), "NaN in a band": tagged(np.nan, True, slice(1, 2)),
+           "-9999 in a band": tagged(-9999, bands=slice(1)), "64 bit": tagged(-9999, dtype=np.float64), "int": tagged(-32768, dtype=np.int16),
+           "8 bit": tagged(-128, dtype=np.int8), "internal": masked(True), ".msk": masked(False), ".aux.xml": beside(-9999), "VRT": as_vrt},
+    "s2": {"0": tagged(0), "65535": tagged(65_535), "-9999": tagged(-9999, dtype=np.int16), "0 untagged": tagged(0, True),
+           "float": tagged(np.nan, dtype=np.float32), "float -9999": tagged(-9999, dtype=np.float64), "float untagged": tagged(np.nan, True, dtype=np.float32),
+           "internal": masked(True), ".msk": masked(False), ".aux.xml": beside(65_535), ".aux.xml 0": beside(0), "VRT": as_vrt},
+}
+
+
+@pytest.mark.parametrize(("sensor", "how"), [(sensor, how) for sensor in HOLES for how in HOLES[sensor]])
+def test_what_was_not_seen_is_missing_in_all_and_in_no_statistic(sensor, how, tmp_path, rng, capsys):
+    s1, s2 = clean(rng)
+    if "int" == how or "8 bit" == how:
+        s1 = s1.round()
+    s2[3, 2:5] = 0  # one dark band is data
+    holes = {"s1": rng.random(s1.shape[1:]) > 0.3, "s2": rng.random(s1.shape[1:]) > 0.3}
+    images, paths = {"s1": s1, "s2": s2}, {}
+    for key, image in images.items():
+        write = HOLES[key][how] if key == sensor else lambda path, image, there: write_tif(path, image)
+        paths[key] = write(tmp_path / f"{key}.tif", image, holes[key])
+        holes[key] |= key != sensor
+    bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
+    for key, image in images.items():
+        expected = np.where(holes[key], image, np.float32(np.nan))
+        assert np.array_equal(as_values(paths[key], key, bands[key]), expected, equal_nan=True)
+        window = rasterio.windows.Window(3, 2, 5, 7)
+        raster = data.Raster(paths[key], key, bands[key])
+        assert np.array_equal(raster.values(window), expected[:, 2:9, 3:8], equal_nan=True)
+    patches = packed_alone(tmp_path, paths["s1"], paths["s2"])
+    assert np.array_equal(patches.arrays[0][0], np.where(holes["s1"], np.rint(s1 * 100), -32768))
+    assert np.array_equal(patches.arrays[1][0], np.where(holes["s2"], s2, 0))
+    seen = [*(s1.astype(float)[:, holes["s1"]]), *(s2[:, holes["s2"]])]
+    record = patches.records[0]
+    for name, function in (("count", len), ("mean", np.mean), ("variance", np.var), ("lowest", np.min), ("highest", np.max)):
+        np.testing.assert_allclose(record[name], [function(band) for band in seen], rtol=1e-6)
+    stats = patches.stats(patches.rows)
+    np.testing.assert_allclose(stats["s1"]["mean"] + stats["s2"]["std"], [*map(np.mean, seen[:2]), *map(np.std, seen[2:])], rtol=1e-6)
+    x1, x2 = models.to_input(*(array[:1] for array in patches.arrays[:2]), "standard", stats)
+    for x, there in ((x1, holes["s1"]), (x2, holes["s2"])):
+        assert (x[0][:, torch.from_numpy(~there)] == 0).all() and (x[0][:, torch.from_numpy(there)] != 0).any()
+    data.check(patches)
+    said = capsys.readouterr().out
+    line, = (line for line in said.splitlines() if line.startswith("VV " if sensor == "s1" else "B8A "))
+    assert line.endswith(f" {1 - holes[sensor].mean():.2%}") and "patches with missing pixels: 1" in said
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_statistics_of_patches_with_other_pixels_missing(seed, tmp_path):
+    """Weighted by what each of them has."""
+    rng, seen = np.random.default_rng(seed), [[], []]
+    for patch in "abcde":
+        for k, (sensor, image) in enumerate(zip(("s1", "s2"), clean(rng))):
+            there = rng.random(image.shape[1:]) > rng.uniform(0, 0.45)
+            how = rng.choice([how for how, write in HOLES[sensor].items() if how not in ("int", "8 bit", "VRT")])
+            HOLES[sensor][how](tmp_path / f"t/{sensor}/{patch}.tif", image, there)
+            seen[k].append(image.astype(float)[:, there])
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    stats = patches.stats(patches.rows)
+    for sensor, values in zip(("s1", "s2"), seen):
+        values = np.concatenate(values, 1)
+        np.testing.assert_allclose(stats[sensor]["mean"], values.mean(1), rtol=1e-6)
+        np.testing.assert_allclose(stats[sensor]["std"], values.std(1), rtol=1e-6)
+
+
+UNITS = {  # sensor, what the file holds, words of the refusal or None
+    "dB as integers": ("s1", lambda s1, s2: s1.round().astype(np.int16), None),
+    "dB as 8 bit": ("s1", lambda s1, s2: s1.round().astype(np.int8), None),
+    "dB as double": ("s1", lambda s1, s2: s1.astype(np.float64), None),
+    "dB x 100": ("s1", lambda s1, s2: (s1 * 100).astype(np.int16), "int16, is not dB"),
+    "power": ("s1", lambda s1, s2: 10 ** (s1 / 10), "is not dB"),
+    "power, 8 bit": ("s1", lambda s1, s2: (s1 * 5 + 255).clip(1, 255).astype(np.uint8), "is not dB"),
+    "complex": ("s1", lambda s1, s2: s1 * np.complex64(1 + 1j), "complex64"),
+    "untagged": ("s1", lambda s1, s2: np.where(s1 < -20, np.float32(-9999), s1), "-9999 to .*a_nodata"),
+    "float x 10,000": ("s2", lambda s1, s2: s2.astype(np.float32), None),
+    "int32": ("s2", lambda s1, s2: s2.astype(np.int32), None),
+    "dark": ("s2", lambda s1, s2: s2 // 100 + 1, None),
+    "0 to 1": ("s2", lambda s1, s2: s2 / np.float32(10_000), "is not reflectance x 10,000"),
+    "0 to 1, double": ("s2", lambda s1, s2: s2 / 10_000, "is not reflectance x 10,000"),
+    "S2 8 bit": ("s2", lambda s1, s2: (s2 // 47).astype(np.uint8), "uint8, is not reflectance x 10,000"),
+    "S2 complex": ("s2", lambda s1, s2: s2 * np.complex64(1 + 1j), "complex64"),
+}
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_units_are_judged_by_the_values(name, tmp_path, rng):
+    sensor, change, words = UNITS[name]
+    s1, s2 = clean(rng)
+    images = {"s1": s1, "s2": s2, sensor: change(s1, s2)}
+    paths = {key: write_tif(tmp_path / f"{key}.tif", image) for key, image in images.items()}
+    bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}[sensor]
+    if words:
+        with pytest.raises(data.DataError, match=f"{sensor}.tif: .*{words}"):
+            as_values(paths[sensor], sensor, bands)
+        with pytest.raises(data.DataError, match=f"1 of 1 patches cannot be used.* a.tif: .*{words}|a.tif: .*{words}"):
+            packed_alone(tmp_path, paths["s1"], paths["s2"])
+        return
+    assert np.array_equal(as_values(paths[sensor], sensor, bands), images[sensor])
+    patches = packed_alone(tmp_path, paths["s1"], paths["s2"])
+    assert np.array_equal(patches.arrays[0][0], np.rint(images["s1"] * 100.0))
+    assert np.array_equal(patches.arrays[1][0], images["s2"])
+
+
+def test_missing_pixels_judge_no_unit(tmp_path, rng):
+    s1, s2 = clean(rng)
+    there = np.ones(s1.shape[1:], bool)
+    there[4, 4] = False
+    for how, write in HOLES["s1"].items():
+        if how not in ("int", "8 bit"):
+            with pytest.raises(data.DataError, match="is not dB"):
+                as_values(write(tmp_path / f"{how}.tif", 10 ** (s1 / 10), there), "s1", data.S1_BANDS)
+    for how in ("0", "0 untagged", "internal", ".msk", "float"):
+        path = HOLES["s2"][how](tmp_path / f"{how}.tif", s2, there)
+        image = read(path) / np.float32(10_000)
+        profile = {"nodata": rasterio.open(path).nodata}
+        with pytest.raises(data.DataError, match="is not reflectance"):
+            as_values(write_tif(path, image, **profile), "s2", data.S2_BANDS)
+
+
+@pytest.mark.parametrize("how", HOLES["s2"])
+def test_offset_where_the_edge_of_a_swath_is_missing(how, tmp_path, rng):
+    s1, s2 = clean(rng)
+    s2[10] = rng.integers(1, 30, s2.shape[1:])
+    there = np.add.outer(np.arange(12), np.arange(10)) > 5
+    write_tif(tmp_path / "s1.tif", s1)
+    path = HOLES["s2"][how](tmp_path / "s2.tif", s2 + np.uint16(1000), there)
+    expected = np.where(there, s2, np.float32(np.nan))
+    assert np.array_equal(as_values(path, "s2", data.S2_BANDS), expected, equal_nan=True)
+    patches = packed_alone(tmp_path, tmp_path / "s1.tif", path)
+    assert patches.records["offset"].tolist() == [1000] and np.array_equal(patches.arrays[1][0], np.where(there, s2, 0))
+
+
+@pytest.mark.parametrize(("missing", "good"), [(0.5, True), (0.55, False)])
+@pytest.mark.parametrize("sensor", ["s1", "s2"])
+def test_more_than_half_missing_is_left_out(sensor, missing, good, tmp_path, rng):
+    written = write_tree(tmp_path / "t", rng, 4, (20, 20), "plain")
+    patch, files = next(iter(written.items()))
+    rewrite(lambda a: seen_below(a, missing))(files[sensor])
+    patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.3)
+    assert (patch not in patches.left_out) == good
+    assert good or data.re.search(f"{files[sensor].name}: .*missing", patches.left_out[patch])
+
+
+UTM, DEGREES = "EPSG:32633", rasterio.Affine(8.96e-5, 0, 12, 0, -8.96e-5, 51)
+MOVED = rasterio.Affine.translation
+GRIDS = {  # CRS and transform of S2, of S1; words of the refusal or None
+    "the same": (UTM, GRID, UTM, GRID, None),
+    "3 px": (UTM, GRID, UTM, GRID @ MOVED(3, 0), "3 px"),
+    "half a pixel": (UTM, GRID, UTM, GRID @ MOVED(0, 0.5), "0.5 px"),
+    "1e-5 px": (UTM, GRID, UTM, GRID @ MOVED(1e-5, -1e-5), None),
+    "50 km": (UTM, GRID, UTM, GRID @ MOVED(5000, 0), "5000 px"),
+    "zone": (UTM, GRID, "EPSG:32634", GRID, "EPSG:32634 and EPSG:32633"),
+    "20 m": (UTM, GRID, UTM, GRID @ rasterio.Affine.scale(2), "px apart"),
+    "south-up": (UTM, GRID, UTM, GRID @ MOVED(0, 64) @ rasterio.Affine.scale(1, -1), "64 px"),
+    "both south-up": (UTM, GRID @ rasterio.Affine.scale(1, -1), UTM, GRID @ rasterio.Affine.scale(1, -1), None),
+    "turned": (UTM, GRID, UTM, GRID @ rasterio.Affine.rotation(1), "px apart"),
+    "degrees": ("EPSG:4326", DEGREES, "EPSG:4326", rasterio.Affine(9.04e-5, 0, 12, 0, -9.04e-5, 51), "px apart"),
+    "the same degrees": ("EPSG:4326", DEGREES, "EPSG:4326", DEGREES, None),
+    "degrees and metres": (UTM, GRID, "EPSG:4326", DEGREES, "EPSG:4326 and EPSG:32633"),
+    "far south": ("EPSG:32733", rasterio.Affine(10, 0, 399_960, 0, -10, 9_999_980), "EPSG:32733",
+                  rasterio.Affine(10, 0, 399_960, 0, -10, 9_999_980), None),
+    "one says nothing": (UTM, GRID, None, None, None),
+    "other says nothing": (None, None, UTM, GRID, None),
+    "no CRS": (None, GRID, None, GRID @ MOVED(3, 0), "3 px"),
+    "one without CRS": (UTM, GRID, None, GRID @ MOVED(0, 3), "3 px"),
+    "SNAP's CRS": (UTM, GRID, ('PROJCS["WGS 84 / Auto UTM",GEOGCS["WGS 84",DATUM["World Geodetic System 1984",SPHEROID["WGS 84",6378137,'
+                   '298.257223563]],PRIMEM["Greenwich",0],UNIT["degree",0.0174532925199433]],PROJECTION["Transverse_Mercator"],PARAMETER['
+                   '"central_meridian",15],PARAMETER["latitude_of_origin",0],PARAMETER["scale_factor",0.9996],PARAMETER["false_easting",'
+                   '500000],PARAMETER["false_northing",0],UNIT["m",1]]'), GRID, None),
+}
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+@pytest.mark.parametrize("sensor", ["s1", "classes"])
+@pytest.mark.parametrize("name", GRIDS)
+def test_grids(name, sensor, tmp_path, rng):
+    crs, transform, other_crs, other, words = GRIDS[name]
+    size = (64, 48)
+    images = dict(zip(("s1", "s2"), clean(rng, size)), classes=np.ones((1, *size), np.uint8))
+    for patch in "abcd":
+        for key, image in images.items():
+            away = key == sensor and patch == "b"
+            write_tif(tmp_path / f"t/{key}/{patch}.tif", image, crs=other_crs if away else crs, transform=other if away else transform)
+    patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.3)
+    assert list(patches.left_out) == (["b"] if words else [])
+    if words:
+        assert words in patches.left_out["b"] and "not on one grid" in patches.left_out["b"] and "b.tif WARPED.tif" in patches.left_out["b"]
+        with pytest.raises(data.DataError, match="1 of 4 patches cannot be used"):
+            data.pack(tmp_path / "t", tmp_path / "strict")
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_side_cars_say_where_a_file_lies(tmp_path, rng):
+    s1, s2 = clean(rng)
+    with rasterio.Env(GDAL_DISABLE_READDIR_ON_OPEN="TRUE"):
+        for patch in "abcd":
+            for sensor, image in (("s1", s1), ("s2", s2)):
+                path = write_tif(tmp_path / f"t/{sensor}/{patch}.tif", image, transform=None)
+                north = 4_000_000 + 30 * (sensor == "s1" and patch == "b")
+                path.with_suffix(".tfw").write_text(f"10\n0\n0\n-10\n500005\n{north - 5}\n")
+                zone = 34 if sensor == "s1" and patch == "c" else 33
+                Path(f"{path}.aux.xml").write_text(f"<PAMDataset><SRS>EPSG:326{zone}</SRS></PAMDataset>")
+    patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.6)
+    assert list(patches.left_out) == ["b", "c"]
+    assert "3 px" in patches.left_out["b"] and "EPSG:32634" in patches.left_out["c"]
+
+
+@pytest.mark.parametrize("ending", ["tif", "TIF", "tiff", "TIFF", "Tif", "vrt", "VRT"])
+def test_endings_in_any_case(ending, tmp_path, rng):
+    s1, s2 = clean(rng)
+    for sensor, image in (("S1", s1), ("s2", s2)):
+        path = write_tif(tmp_path / f"t/{sensor}/a.{ending}", image)
+        if ending.lower() == "vrt":
+            path.rename(tmp_path / f"{sensor}.source.tif")
+            kind = "Float32" if sensor == "S1" else "UInt16"
+            write_vrt(path, [(tmp_path / f"{sensor}.source.tif", k + 1) for k in range(len(image))], image.shape[1:], kind=kind)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.ids == ["a"] and np.array_equal(patches.arrays[1][0], s2)
+
+
+NAMED_FILES = {"SAFE": "T32TNS_20200101T102421_{}.tif", "BigEarthNet": "S2A_MSIL2A_20170613T101031_87_48_{}.tif", "SSL4EO": "{}.tif",
+               "resolutions": "T32TNS_20200101T102421_{}_60m.tif"}
+
+
+@pytest.mark.parametrize("form", NAMED_FILES)
+@pytest.mark.parametrize("tool", ["text", "gdalbuildvrt"])
+def test_vrt_of_files_of_one_band_each(form, tool, tmp_path, rng):
+    """In the order of their names, B8A last, and VH before VV."""
+    s1, s2 = clean(rng)
+    command = shutil.which("gdalbuildvrt")
+    if tool == "gdalbuildvrt" and not command:
+        pytest.skip("no gdalbuildvrt here")
+    for sensor, image, bands in (("s1", s1, data.S1_BANDS), ("s2", s2, data.S2_BANDS)):
+        (tmp_path / "t" / sensor).mkdir(parents=True)
+        files = []
+        for band, layer in zip(bands, image):
+            long = band if sensor == "s1" or form == "SSL4EO" else f"B{band[1:]:0>2}"
+            files.append(write_tif(tmp_path / f"B5 {sensor}_VV" / NAMED_FILES[form].format(long), layer[None], crs=UTM))
+        files.sort()
+        path = tmp_path / f"t/{sensor}/a.vrt"
+        if tool == "text":
+            write_vrt(path, [(file, 1) for file in files], image.shape[1:], kind="Float32" if sensor == "s1" else "UInt16")
+        else:
+            subprocess.run([command, "-q", "-separate", path, *files], check=True)
+        assert np.array_equal(as_values(path, sensor, bands), image)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert np.array_equal(patches.arrays[0][0], np.rint(s1 * 100)) and np.array_equal(patches.arrays[1][0], s2)
+
+
+def test_names_in_a_vrt_come_before_those_of_its_files(tmp_path, rng):
+    s1, _ = clean(rng)
+    for name, band in zip(("x_VV.tif", "x_VH.tif"), s1):
+        write_tif(tmp_path / name, band[None])
+    path = write_vrt(tmp_path / "a.vrt", [(tmp_path / "x_VH.tif", 1), (tmp_path / "x_VV.tif", 1)], s1.shape[1:], names=["VV", "VH"])
+    assert np.array_equal(as_values(path, "s1", data.S1_BANDS), s1[::-1])
+    path = write_vrt(tmp_path / "b.vrt", [(tmp_path / "x_VH.tif", 1), (tmp_path / "x_VV.tif", 1)], s1.shape[1:], names=["Band 1", "Band 2"])
+    assert np.array_equal(as_values(path, "s1", data.S1_BANDS), s1)
+
+
+# ------------------------------------------------------------------------------ splits, doubles, what cannot be reached
+
+@pytest.mark.parametrize(("folder", "split"), [
+    ("train/{}", "train"), ("Train/{}", "train"), ("{}/TRAIN", "train"), ("a/val/{}", "validation"), ("{}/x/Validation", "validation"),
+    ("VAL/{}/river", "validation"), ("TEST/{}", "test"), ("{}/Test/river", "test"), ("testing/{}", ""), ("training/{}", ""), ("my test/{}", "")])
+def test_splits_in_any_case_and_place(folder, split, tmp_path, rng):
+    for sensor, image in zip(("s1", "s2"), clean(rng)):
+        write_tif(tmp_path / "t" / folder.format(sensor) / "a.tif", image)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.splits.tolist() == [split] and patches.ids == [f"{folder.format('')}/a".replace("//", "/").strip("/")]
+
+
+def test_train_and_val_are_said_and_one_name_in_two_splits_is_two_patches(tmp_path, rng, capsys):
+    for folder in ("train", "Val", "test"):
+        for patch in "ab":
+            for sensor, image in zip(("s1", "s2"), clean(rng)):
+                write_tif(tmp_path / f"t/{folder}/{sensor}/{patch}.tif", image)
+    for sensor in ("s1", "s2"):
+        shutil.copy(tmp_path / f"t/train/{sensor}/b.tif", tmp_path / f"t/test/{sensor}/b.tif")
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.ids == ["Val/a", "Val/b", "test/a", "test/b", "train/a", "train/b"]
+    assert len(patches.rows_of(*data.TRAINED_ON)) == 4
+    data.check(patches)
+    said = capsys.readouterr().out
+    assert "train: 2\n" in said and "validation: 2\n" in said and "test: 2\n" in said
+    assert data.re.search(".*train and validation.*\n", said)
+    assert data.re.search("same pixels.*test/b.*train/b\n", said) and said.count("same pixels") == 1 and "train/a" not in said
+
+
+def test_what_only_one_user_may_read(tmp_path, rng):
+    """Of a folder nothing is packed; a file is left out by name."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        written = write_tree(folder / "t", rng, 5, layout="scenes", labels=False)
+        patch, files = next(iter(written.items()))
+        files["s1"].chmod(0)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                if os.getuid() == 0:
+                    os.setgid(65534)
+                    os.setuid(65534)
+                store = Path(tempfile.mkdtemp())
+                left_out = data.pack(folder / "t", store / "store", 1, max_bad=0.3).left_out
+                assert list(left_out) == [patch] and "Permission denied" in left_out[patch]
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        (folder / "t/s2/river 2").chmod(0)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                if os.getuid() == 0:
+                    os.setgid(65534)
+                    os.setuid(65534)
+                with pytest.raises(OSError, match="Permission denied.*river 2"):
+                    data.pack(folder / "t", Path(tempfile.mkdtemp()) / "store")
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        (folder / "t/s2/river 2").chmod(0o755)
+
+
+def test_a_name_that_is_not_utf_8(tmp_path, rng, monkeypatch, capsys):
+    write_tree(tmp_path / "t", rng, 3, layout="plain")
+    name = os.fsdecode(b"b\xe9.tif")
+    for sensor in ("s1", "s2"):
+        shutil.copy(next((tmp_path / "t" / sensor).iterdir()), tmp_path / "t" / sensor / name)
+    assert data.re.search(r"b\\udce9.tif.*UTF-8: rename", refused(monkeypatch, capsys, "pack", tmp_path / "t", tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("first", range(3))
+def test_size_and_bands_are_those_that_most_have(first, tmp_path, rng):
+    written = list(write_tree(tmp_path / "t", rng, 8, (16, 16), "plain").items())
+    for _, files in written[first:first + 3]:
+        for path in files.values():
+            rewrite(lambda a: a[:, :12, :12])(path)
+    patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.4)
+    assert list(patches.size) == [16, 16] and list(patches.left_out) == [patch for patch, _ in written[first:first + 3]]
+    assert all("(12, 12) px, most are [16, 16]" in reason for reason in patches.left_out.values())
+
+
+@pytest.mark.parametrize("how", ["link", "copy", "folder"])
+def test_a_file_that_is_there_twice(how, tmp_path, rng):
+    written = write_tree(tmp_path / "t", rng, 3, layout="dfc release")
+    path = next(iter(written.values()))["s1"]
+    if how == "folder":
+        (tmp_path / "t/again").symlink_to(path.parent)
+    else:
+        (tmp_path / "t/again").mkdir()
+        {"link": os.symlink, "copy": shutil.copy}[how](path, tmp_path / "t/again" / path.name)
+    with pytest.raises(data.DataError, match="both s1 of ROIs0000_test_1_p9") as error:
+        data.pack(tmp_path / "t", tmp_path / "store")
+    assert "remove" not in str(error.value) and str(error.value).count(path.name) == 2
+
+
+def test_a_link_to_a_folder_above(tmp_path, rng):
+    write_tree(tmp_path / "t", rng, 3, layout="plain")
+    (tmp_path / "t/s1/up").symlink_to(tmp_path / "t")
+    with pytest.raises((data.DataError, OSError)):
+        data.pack(tmp_path / "t", tmp_path / "store")
+
+
+def test_finished_before_is_said(tmp_path, rng, monkeypatch, capsys):
+    write_tree(tmp_path / "t", rng, 3, layout="plain")
+    call(monkeypatch, data, "pack", tmp_path / "t", tmp_path / "store")
+    assert "finished before" not in capsys.readouterr().out
+    call(monkeypatch, data, "pack", tmp_path / "t", tmp_path / "store")
+    assert data.re.search("store: finished before; remove it", capsys.readouterr().out)
 
 
 # ------------------------------------------------------------------------------ own bands and classes

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from test_data import BAD, LAYOUTS, as_stored, by_hand, read, rewrite, same, spoil, write_tif, write_tree
+from test_data import BAD, LAYOUTS, as_stored, by_hand, rewrite, same, spoil, write_tree
 
 import data
 import models
@@ -127,9 +127,8 @@ def few(tmp_path_factory):
     """10 patches, two of them bad, their files, their store and its bytes."""
     folder, rng = tmp_path_factory.mktemp("few"), np.random.default_rng(6)
     written = write_tree(folder / "tree", rng, 10)
-    for files in list(written.values())[:3]:
-        write_tif(files["s1"], some_missing(read(files["s1"])))
-        write_tif(files["s2"], some_missing(read(files["s2"])))
+    for files, sensor in zip(written.values(), ("s1", "s2", "s1")):
+        rewrite(some_missing)(files[sensor])
     spoil(written, rng, ["NaN", "partner"])
     data.pack(folder / "tree", folder / "store", max_bad=0.5)
     return SimpleNamespace(tree=folder / "tree", written=written, store=folder / "store",
@@ -336,13 +335,13 @@ def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp
 
     def written(file, content, start):
         assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DSYNC
-        count, name = pwrite(file, content, start), Path(os.readlink(f"/proc/self/fd/{file}")).stem
+        count = pwrite(file, content, start)
         now = {name: np.load(store / f"{name}.npy") for name in whole}
         done = np.flatnonzero(now["patches"]["state"])
         for name in whole if len(done) else ():
             assert np.array_equal(now[name][done], whole[name][done])
         states.append(len(done))
-        order.append(name)
+        order.append(Path(os.readlink(f"/proc/self/fd/{file}")).stem)
         return count
 
     def synced(file):
@@ -368,7 +367,7 @@ def test_what_is_done_is_not_read_again(tree, packed, tmp_path, monkeypatch):
     done = np.load(store / "patches.npy")["state"] == 1
     monkeypatch.setattr(data, "read_patch", lambda pair, plan: (judged.append(pair["id"]), read(pair, plan))[1])
     ids = data.pack(tree, store, max_bad=0.5).ids
-    assert done.sum() > 20 and sorted(judged) == sorted(np.array(ids)[~done])
+    assert done.sum() > 10 and sorted(judged) == sorted(np.array(ids)[~done])
     assert contents(store) == packed
 
 
@@ -459,7 +458,10 @@ def test_a_write_that_fails_is_one_line_and_the_same_command_goes_on(few, tmp_pa
             with pytest.raises((data.DataError, OSError), match="No space left on device|disk is full") as error:
                 data.pack(few.tree, store, 1, max_bad=0.5)
         assert "\n" not in str(error.value) and str(store) in str(error.value)
-        assert not (store / "index.json").exists() and states_of(store).sum() == moment // 5
+        assert not (store / "index.json").exists()
+        for name in ("s1", "s2", "classes", "patches"):
+            found, whole = (np.load(folder / f"{name}.npy")[states_of(store)] for folder in (store, few.store))
+            assert np.array_equal(found, whole)
         data.pack(few.tree, store, max_bad=0.5)
         assert contents(store) == few.packed
 
@@ -477,7 +479,7 @@ def test_disk_that_is_full_at_the_end(tree, packed, disk):
 
     read, data.read_patch = data.read_patch, fill_the_disk
     try:
-        with pytest.raises(OSError, match="No space left on device"):
+        with pytest.raises((data.DataError, OSError), match="No space left on device|disk is full"):
             data.pack(tree, folder / "store", max_bad=0.5)
     finally:
         data.read_patch = read
