@@ -26,6 +26,7 @@ import numpy as np
 import rasterio
 import torch
 from rasterio.enums import MaskFlags
+from rasterio.windows import Window
 from tqdm import tqdm
 
 os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "TRUE")  # side-cars by name, no listing
@@ -44,6 +45,7 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 4
+SURVEY = 32  # the unit of a scene is judged by one of so many lines
 ROI = re.compile(r".*/(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(tiff?|vrt)", re.IGNORECASE)
 PLAIN = re.compile(r"(?:(.*?)/)??(s1|s2|classes)/(.*)\.(?:tiff?|vrt)", re.IGNORECASE)
 BAND = re.compile(r"(?<![A-Z0-9])(?:(VV|VH|HH|HV)|B0?(\d+A?))(?![A-Z0-9])")
@@ -105,29 +107,31 @@ def reading(path):
 
 class Raster:
     """A patch or scene of Sentinel-1 (`s1`) or Sentinel-2 (`s2`), read by what it says of itself.
-    bands: names of those that are read, in their order; None: the first. offset: what S2 holds
-    beside reflectance x 10,000; None: judge() finds it. Raises DataError."""
+    bands: names of those that are read, in their order; None: the only one. offset: what S2 holds
+    beside reflectance x 10,000; None: judge() finds it. order: names of the bands of a file that
+    names none; None: those of a product of as many bands. Raises DataError."""
 
-    def __init__(self, path, sensor, bands, offset=None):
+    def __init__(self, path, sensor, bands, offset=None, order=None):
         self.name, self.sensor, self.bands = Path(path).name, sensor, bands
         self.offset, self.judged = offset, False
         with reading(path):
             self.tif = rasterio.open(path)
         if not bands and self.tif.count > 1:
             raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
-        self.numbers = self.find_bands() if bands else [1]
+        products = [order] if order else [S1_BANDS, S2_BANDS, L2A_BANDS, bands]
+        self.numbers = self.find_bands(products) if bands else [1]
 
-    def find_bands(self):
+    def find_bands(self, products):
         """-> their numbers, from 1 on: by name or, where no band has a name, by position in a
         product of as many bands. The names of a VRT's bands may be those of its files."""
         texts = list(self.tif.descriptions)
-        if self.tif.driver == "VRT" and not any(texts):
+        if self.tif.driver == "VRT" and not any(map(band_name, texts)):
             sources = [str(self.tif.tags(number, ns="vrt_sources")) for number in self.tif.indexes]
             files = ["".join(re.findall("([^/>]*)</SourceFilename", source)) for source in sources]
             texts = [file if BAND.search(file.upper()) else None for file in files]
         names = [band_name(text) for text in texts]
-        for product in (self.bands, S1_BANDS, S2_BANDS, L2A_BANDS):
-            if not any(names) and len(product) == len(names):
+        for product in products:
+            if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
                 names = [band_name(band) for band in product]
         wanted = [band_name(band) for band in self.bands]
         if "" in names or any(names.count(name) != 1 for name in wanted):
@@ -138,8 +142,9 @@ class Raster:
     def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. Not there is what the
         nodata value or a mask says of any band, what is not finite in any, and what is 0 in all."""
-        tif = self.tif
-        masked = tif.nodata != 0 or MaskFlags.nodata not in tif.mask_flag_enums[0]
+        tif = self.tif  # where 0 is no data, a band of S2 may be dark: it is not if all bands are 0
+        dark = self.sensor == "s2" and tif.nodata == 0
+        masked = not dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
         with reading(tif.name):
             image = tif.read(self.numbers, window=window, masked=masked)
         image, masked = np.ma.getdata(image), np.ma.getmaskarray(image)
@@ -148,30 +153,38 @@ class Raster:
             there &= np.isfinite(image).all(0)
         return image, there
 
-    def judge(self, seen):
-        """Pixels (c, n): DataError where they are not in their unit; else find the offset, 1,000
-        where cirrus shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
+    def judge(self, image, there):
+        """DataError for what is not in its unit; else find the offset of S2, 1,000 where cirrus or
+        a tag shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
+        if not there.any():
+            return
+        seen = image.reshape(len(image), -1) if there.all() else image[:, there]
         low, high, unit = seen.min(), seen.max(), "reflectance x 10,000"
-        plausible = 0 <= low and 2 < high <= 65_535 and seen.dtype != np.uint8
+        tags, cirrus = (self.tif.scales[0], self.tif.offsets[0]), 0
+        plausible = 0 <= low and 2 < high <= 65_535 and tags[1] in (0, -0.1 * (tags[0] == 1e-4))
         if self.sensor == "s1":
             unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
-        if not plausible:
+        if not plausible or seen.dtype == np.uint8 or seen.dtype.kind == "c":
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
+        if "B10" in self.bands:
+            cirrus = seen[self.bands.index("B10")].min()
         if self.sensor == "s1":
             self.offset = 0
         elif self.offset is None:
-            tagged = round(-self.tif.offsets[0] / self.tif.scales[0])
-            cirrus = seen[self.bands.index("B10")].min() if "B10" in self.bands else 0
-            self.offset = tagged or (1000 if cirrus >= 1000 else 0)
+            self.offset = 1000 if cirrus >= 1000 or tags[1] else 0
+        self.judged = True
 
     def values(self, window=None):
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
-        models.to_input() takes it. The first window that shows something is judged."""
+        models.to_input() takes it. window: of a scene, which is judged by lines all over it."""
         image, there = self.read(window)
-        if there.any() and not self.judged:
-            self.judge(image.reshape(len(image), -1) if there.all() else image[:, there])
-            self.judged = True
+        if window and not self.judged:
+            tops = range(0, self.tif.height, SURVEY)
+            lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]
+            self.judge(*(np.concatenate(parts, -2) for parts in zip(*lines)))
+        if not self.judged:
+            self.judge(image, there)
         image = image.astype(np.float32) - (self.offset or 0)
         image[:, ~there] = np.nan
         return image
@@ -203,7 +216,7 @@ def place_of(name):
     if match := ROI.fullmatch("/" + name):
         season, split, sensor, scene, number, _ = match.groups()
         scene = f"{season}_{scene}"
-        return f"{scene}_{number}", split, scene, sensor.lower().replace("dfc", "classes")
+        return f"{scene}_{number}", split.lower(), scene, sensor.lower().replace("dfc", "classes")
     if match := PLAIN.fullmatch(name):
         above, sensor, below = match.groups("")
         patch = os.path.join(above, below)
@@ -216,12 +229,15 @@ def place_of(name):
 
 def find_pairs(tree):
     """-> list of {"id", "split", "scene", and the paths "s1", "s2", "classes" that are there}."""
-    found = defaultdict(dict)
+    found, seen = defaultdict(dict), {}
 
     def refuse(error):
         raise error
 
     for folder, _, names in tqdm(os.walk(tree, onerror=refuse, followlinks=True), delay=1):
+        first = seen.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise DataError(f"{folder}: is {first} again: remove the link")
         for path in [f"{folder}/{name}" for name in names if not name.startswith(".")]:
             if not (place := place_of(os.path.relpath(path, tree))):
                 continue
@@ -266,13 +282,14 @@ def make_plan(tree, pairs, s2_offset):
     for path in paths[::math.ceil(len(paths) / 100)]:
         for bands in products:
             with contextlib.suppress(DataError):
-                kinds[Raster(path, "s2", bands).tif.shape, tuple(bands)] += 1
+                kinds[Raster(path, "s2", bands, order=legend["s2"]).tif.shape, tuple(bands)] += 1
                 break
     if not kinds:
-        Raster(paths[0], "s2", products[0])  # says what is wrong
+        Raster(paths[0], "s2", products[0], order=legend["s2"])  # says what is wrong
     (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files
     near = (root, *root.parents, *root.glob("*/"))
     plan = {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": list(bands)},
+            "order": {"s1": legend["s1"], "s2": legend["s2"]},  # in files without names
             "size": list(size), "classes": list(dict.fromkeys(legend["classes"].values())),
             "codes": legend["classes"], "labelled": any("classes" in pair for pair in pairs),
             "s2_offset": s2_offset,
@@ -291,7 +308,8 @@ def read_patch(pair, plan):
     rasters, images, codes = {}, {}, np.full(plan["size"], -1)  # -1: no label
     for sensor in [sensor for sensor in ("s2", "s1", "classes") if sensor in pair]:
         bands = plan["bands"].get(sensor)
-        raster = rasters[sensor] = Raster(pair[sensor], sensor, bands, plan["s2_offset"])
+        raster = rasters[sensor] = Raster(pair[sensor], sensor, bands, plan["s2_offset"],
+                                          plan["order"].get(sensor))
         if list(raster.tif.shape) != plan["size"]:
             raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
         refuse_other_grid(raster.tif, rasters["s2"].tif)
@@ -304,6 +322,8 @@ def read_patch(pair, plan):
             raise DataError(f"{raster.name}: more than half of it is missing")
     s1 = np.rint(np.nan_to_num(images["s1"] * 100, nan=MISSING)).astype(np.int16)
     s2 = np.rint(np.nan_to_num(images["s2"])).clip(0).astype(np.uint16)
+    if not s2.any():
+        raise DataError(f"{rasters['s2'].name}: nothing is above the offset")
     return s1, s2, classes_from_codes(codes, plan["codes"]), rasters["s2"].offset
 
 
@@ -335,28 +355,40 @@ def statistics(image, unit):
 
 def fill(store, pairs, plan, threads, max_bad):
     """Read, judge and write the pairs whose rows are not whole, and index.json at last."""
-    *images, records = arrays = [np.load(store / name, mmap_mode="r") for name in layout(plan)]
+    try:
+        *images, records = arrays = [np.load(store / name, mmap_mode="r") for name in layout(plan)]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{store}: cut off ({error}): remove it and pack again") from None
     # On the disk when it is written, so that a power cut leaves no state without its row.
     files = [os.open(array.filename, os.O_WRONLY | os.O_DSYNC) for array in arrays]
     numbers, left_out = [*range(len(plan["classes"])), IGNORE], {}
+
+    def write(file, array, row, values):
+        with contextlib.suppress(OSError):
+            start = array.offset + row * values.nbytes
+            if os.pwrite(file, values.tobytes(), start) == values.nbytes:
+                return
+        raise DataError(f"{store}: cannot be written, the disk is full: make room and start again")
 
     def pack_row(row):
         try:
             s1, s2, classes, offset = read_patch(pairs[row], plan)
         except DataError as reason:
             return row, str(reason)
+        for file, array, image in zip(files, images, (s1, s2, classes)):
+            write(file, array, row, image)
         pixels = np.bincount(classes.ravel(), minlength=256)[numbers]
         bands = np.transpose(statistics(s1, 100) + statistics(s2, 1))
-        record, whole = (np.array((state, offset, pixels, *bands), records.dtype) for state in (0, 1))
-        written = [*zip(files, arrays, (s1, s2, classes)[:len(images)] + (record,))]
-        for file, array, values in [*written, (files[-1], records, whole)]:
-            start = array.offset + row * values.nbytes
-            if os.pwrite(file, values.tobytes(), start) < values.nbytes:
-                raise DataError(f"{store}: the disk is full: make room and start again")
+        for state in (0, 1):  # the second time, only the state is another
+            record = np.array((state, offset, pixels, *bands), records.dtype)
+            write(files[-1], records, row, record)
         return row, None
 
     rows = np.flatnonzero(records["state"] == 0)
-    with contextlib.closing(ahead(pack_row, rows, threads)) as results:
+    with contextlib.ExitStack() as stack:
+        for file in files:
+            stack.callback(os.close, file)
+        results = stack.enter_context(contextlib.closing(ahead(pack_row, rows, threads)))
         for row, reason in tqdm(results, "packing", len(rows), unit="patch"):
             if reason:
                 left_out[pairs[row]["id"]] = reason
@@ -439,7 +471,8 @@ class Patches:
         try:
             self.index = index = json.loads(Path(path, "index.json").read_text())
             if index["format"] != STORE_FORMAT:
-                raise ValueError(f"format {index['format']}, this version has {STORE_FORMAT}")
+                raise DataError(f"{path}: of format {index['format']}, this version has "
+                                f"{STORE_FORMAT}: pack its tree anew")
             maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(index)]
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             raise DataError(f"{path}: not a whole store ({error}): of a folder of GeoTIFFs `python "
@@ -610,11 +643,13 @@ def check(patches):
     asked = "" if "B10" in bands else " (without B10 it cannot be told: see --s2-offset)"
     offsets = np.count_nonzero(records["offset"])
     print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}{asked}")
-    first = {}
+    first, twins = {}, []
     for row, mean in zip(patches.rows, records["mean"]):
         other = first.setdefault(mean.tobytes(), row)
         if patches.splits[other] != patches.splits[row]:
-            print(f"the same pixels in two splits: {patches.ids[other]}, {patches.ids[row]}")
+            twins.append(f"{patches.ids[other]} and {patches.ids[row]}")
+    if twins:
+        print(f"the same pixels in two splits: {len(twins)} patches, {', '.join(twins[:3])}")
     print(f"left out: {len(patches.left_out)}", *map(": ".join, patches.left_out.items()), sep="\n")
 
 

@@ -358,7 +358,8 @@ def write_map(args):
         raise data.DataError(
             f"{raster.name}: {raster.width} x {raster.height} px, --step {step}: the windows of "
             f"the classifier are {crop} x {crop} px: give a larger scene or a smaller step")
-    for path in filter(None, (args.s1, args.s2, args.classifier)):
+    sources = [raster.tif.files for raster in scene.values()]  # a VRT has several
+    for path in itertools.chain([args.classifier], *sources):
         if args.map.resolve() == Path(path).resolve():
             raise data.DataError(f"--map {args.map}: would overwrite {path}: choose another name")
     part = args.map.with_suffix(".part.tif")
@@ -389,8 +390,10 @@ def write_map(args):
     finally:
         part.unlink(missing_ok=True)
     for raster in scene.values():
-        print(f"{raster.name}: {' '.join(raster.bands)} are its bands {raster.numbers}, no data is "
-              f"{raster.tif.nodata}, {raster.offset or 0:,} was subtracted")
+        usual = raster.numbers == [*raster.tif.indexes] and raster.tif.nodata is None
+        if raster.offset or not usual:
+            print(f"{raster.name}: {' '.join(raster.bands)} are its bands {raster.numbers}, no data "
+                  f"is {raster.tif.nodata}, {raster.offset or 0:,} was subtracted")
     print(f"wrote {args.map}; tests/show.py draws it")
 
 

@@ -8,8 +8,8 @@
 
 The encoders run once over the crops that cover each patch. A logistic regression on their features
 is fitted to convergence, its penalty chosen by cross-validation, on the splits `train` and
-`validation` (as published, DFC2020 has the second), and tested on `test`. A finished run is one line
-of results.jsonl and is not repeated; `python finetune.py --report results` makes the tables.
+`validation` (DFC2020 has the second), and tested on `test`. A finished run is one line of
+results.jsonl and is not repeated; `python finetune.py --report results` makes the tables.
 """
 import argparse
 import contextlib
