@@ -237,7 +237,7 @@ def find_pairs(tree):
     for folder, _, names in tqdm(os.walk(tree, onerror=refuse, followlinks=True), delay=1):
         first = seen.setdefault(os.path.realpath(folder), folder)
         if first != folder:
-            raise DataError(f"{folder}: is {first} again: remove the link")
+            raise DataError(f"{folder} is {first}: the same folder by a link: move the link away")
         for path in [f"{folder}/{name}" for name in names if not name.startswith(".")]:
             if not (place := place_of(os.path.relpath(path, tree))):
                 continue
@@ -605,17 +605,6 @@ def loader(patches, batches, crop, device="cpu", threads=None, classes=False):
         yield crops[0], crops[1], crops[2][:, 0] if classes else None, rows
 
 
-def composite(s2, bands):
-    """S2 (..., c, h, w) of the named bands -> picture (..., h, w, 3) in 0..1, and its title: true
-    colour where B4, B3, B2 are there, else the first three bands as false colour."""
-    shown, white, title = ["B4", "B3", "B2"], 3000, "true colour"
-    if not set(shown) <= set(bands):
-        shown = (bands * 3)[:3]
-        white, title = np.percentile(s2, 98) + 1, f"false colour {' '.join(shown)}"
-    picture = np.stack([s2[..., bands.index(band), :, :] for band in shown], -1)
-    return np.clip(picture / white, 0, 1), title
-
-
 def check(patches):
     """Print what a store holds, beside what was published, and what was left out."""
     print("published: SEN12MS 180,662 patches in four seasons; DFC2020 986 validation, 5,128 test")
@@ -639,7 +628,7 @@ def check(patches):
     if highest[len(patches.bands["s1"]):].max() <= 255:
         print("S2 is never above 255: is it reflectance x 10,000?")
     if {"VV", "VH"} <= {*bands} and means[bands.index("VH")] > means[bands.index("VV")]:
-        print("VH is brighter than VV: are they swapped? Name the bands in the files")
+        print("are VV and VH swapped? VH is the brighter: name the bands in the files")
     asked = "" if "B10" in bands else " (without B10 it cannot be told: see --s2-offset)"
     offsets = np.count_nonzero(records["offset"])
     print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}{asked}")

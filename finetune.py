@@ -7,9 +7,9 @@
     python finetune.py --map OUT.tif --classifier DIR/late-fusion_single_1_seed0.pt \
         --s1 S1.tif --s2 S2.tif              # classes of a whole scene
 
-Every layer is trained, on random crops of `train` and `validation`, patches repeated to balance
-the classes; the last epoch is tested on crops that cover each patch of the split `test`. A finished
-run is one JSON line in results.jsonl and is not repeated; the loss of every epoch is in log.jsonl.
+Every layer is trained, on random crops of the splits `train` and `validation`, patches repeated to
+balance the classes; the last epoch is tested on crops that cover each patch of the split `test`. A
+finished run is one line of results.jsonl and is not repeated; each epoch's loss is in log.jsonl.
 """
 import itertools
 import json
@@ -133,8 +133,7 @@ def row_title(line):
     title = TITLES[line["method"]]
     if line["protocol"] == "linear":
         titles = {"random": f"{title}, random weights", "bands": "Band means and sd"}
-        title = titles.get(line["baseline"], title)
-        return f"{title}, kNN" if line["probe"] == "knn" else title
+        return titles.get(line["baseline"], title)
     pretrained = models.METHODS[line["method"]]["pretrained"]
     return f"{title}, from scratch" if line["protocol"] == "scratch" and pretrained else title
 
@@ -152,9 +151,8 @@ def table_rows(lines):
     settings become rows of their own, named by what differs."""
 
     def settings(line):
-        bands = " ".join(itertools.chain(*line["args"]["bands"].values()))
-        own = {name: line[name] for name in ("method", "checkpoint", "data")}
-        told = line["args"] | own | {"bands": bands}
+        told = line["args"] | {name: line[name] for name in ("method", "checkpoint", "data")}
+        told["bands"] = " ".join(itertools.chain(*told["bands"].values()))
         return frozenset((name, str(value)) for name, value in told.items())
 
     order, rows = [*TITLES.values(), "Band means and sd"], {}
@@ -212,7 +210,8 @@ def probe_table(lines):
             tasks = grouped(runs, lambda line: line["task"])
             cells = [percent(line[name] for line in tasks.get(task, ()))
                      for task in HEADINGS for name in SCORES]
-            rows.append([title, sensors, f"{fraction:.0%}", *cells, max(map(len, tasks.values()))])
+            seeds = max(map(len, tasks.values()))
+            rows.append([title, sensors, f"{100 * fraction:g} %", *cells, seeds])
     header = ["features", "sensors", "labels", "single average", "OA", "multi average", "O-F1",
               "seeds"]
     return f"### Frozen encoders, linear classifier, %\n\n{markdown(header, rows)}"
@@ -247,7 +246,7 @@ def report(folder):
     heading = "SIMULATED data, which say nothing about the methods" if simulated else "Results"
     parts = [f"# {heading}\n",
              "Mean ± standard deviation over seeds; best average bold; `-`: no such number.\n"]
-    by_classes = grouped(lines, lambda line: tuple(line.get("classes", data.CLASSES)))
+    by_classes = grouped(lines, lambda line: tuple(line["classes"]))
     figure = Figure((5.6 * len(by_classes), 4), layout="constrained")
     axes = figure.subplots(1, len(by_classes), squeeze=False)
     for axis, (classes, group) in zip(axes[0], by_classes.items()):

@@ -7,9 +7,9 @@
     python linear_eval.py --checkpoint C --data STORE --retrieve OUT.png
 
 The encoders run once over the crops that cover each patch. A logistic regression on their features
-is fitted to convergence, its penalty chosen by cross-validation, on the splits `train` and
-`validation` (DFC2020 has the second), and tested on `test`. A finished run is one line of
-results.jsonl and is not repeated; `python finetune.py --report results` makes the tables.
+is fitted to convergence, its penalty chosen by cross-validation; trained on are the splits `train`
+and `validation`, tested on is `test`. A finished run is one line of results.jsonl and is not
+repeated; `python finetune.py --report results` makes the tables.
 """
 import argparse
 import contextlib
@@ -35,12 +35,11 @@ PENALTIES = 10.0 ** np.arange(1, -6, -1)
 
 
 def single_scores(true, predicted, count=8):
-    """Arrays (N,) of true classes, 255 for none, and predictions -> {"class": (count,) accuracy
-    per class, NaN where it does not occur, "average": mean of the others, "overall": accuracy of
-    all samples, "confusion": (count, count) samples, rows the true class}."""
-    known = true != data.IGNORE
+    """Arrays (N,) of true classes and predictions -> {"class": (count,) accuracy per class, NaN
+    where it does not occur, "average": mean of the others, "overall": accuracy of all samples,
+    "confusion": (count, count) samples, rows the true class}."""
     confusion = np.zeros((count, count), int)
-    np.add.at(confusion, (true[known], predicted[known]), 1)
+    np.add.at(confusion, (true, predicted), 1)
     right, total = confusion.diagonal(), confusion.sum(1)
     accuracy = np.where(total, right / np.maximum(total, 1), np.nan)
     return {"class": accuracy, "average": np.nanmean(accuracy),
@@ -72,9 +71,8 @@ def repeats(labels):
 
 def training_rows(labels, fraction, seed, sampling="patches"):
     """Rows to train on, repeated to balance the classes, of labels (N,), 255 for none. sampling
-    `patches`: of each class the first round(fraction * n), at least one, of an order that only the
-    seed decides, so that small fractions lie in large ones; `rows`: of the repeated list, as
-    published."""
+    `patches`: of each class the first round(fraction * n), at least one, in an order of the seed,
+    so that small fractions lie in large ones; `rows`: of the repeated list, as published."""
     rng, rows = np.random.default_rng(seed), np.flatnonzero(labels != data.IGNORE)
     if sampling == "rows":
         repeated = np.repeat(rows, repeats(labels[rows]))
@@ -116,8 +114,6 @@ class Results:
         tqdm.write(f"{TITLES[key['method']]}, {key['protocol']}, {key['task']}-label, "
                    f"{100 * key['label_fraction']:g} % of labels, seed {key['seed']}: "
                    f"average {scores['average']:.1%}, overall {scores['overall']:.1%}")
-        if absent := [name for name, v in zip(key["classes"], scores["class"]) if v is None]:
-            tqdm.write(f"  not in the test data, so not in the average: {', '.join(absent)}")
 
 
 def make_encoders(args, content, patches, seed):
@@ -262,8 +258,8 @@ def evaluate(args, content):
     """Probe frozen encoders: a result line per seed, task and label fraction."""
     patches, train_rows, test_rows, scaling = open_labelled(args, content)
     results, labels, crops = Results(args.results), patches.labels, {}
-    fixed = {"protocol": "linear", "probe": "linear",  # in older files also knn
-             "baseline": args.baseline, "sensors": args.sensors, **describe(args, content, patches)}
+    fixed = {"protocol": "linear", "baseline": args.baseline, "sensors": args.sensors,
+             **describe(args, content, patches)}
     runs = list(itertools.product(range(args.seeds), args.task, args.label_fraction))
     for seed, task, fraction in tqdm(runs, "probes", leave=False, delay=1):
         key = {**fixed, "task": task, "label_fraction": fraction, "seed": seed}
@@ -344,7 +340,7 @@ def draw_retrieval(args, rows, nearest, title):
     shown = np.column_stack((queries, nearest[queries]))  # (12, 6): the query, those nearest to it
     batches = data.grid_crops(rows[shown.ravel()], patches.size, args.crop, shown.size, middle=True)
     (s1, s2, *_), = data.loader(patches, batches, args.crop)
-    pictures, colours = data.composite(s2.numpy(), patches.bands["s2"])
+    pictures, colours = composite(s2.numpy(), patches.bands["s2"])
     figure = Figure((13.8, 7.6), layout="constrained")
     axes = figure.subplots(*shown.T.shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     for k, (column, line) in enumerate(np.ndindex(shown.shape)):
@@ -355,6 +351,17 @@ def draw_retrieval(args, rows, nearest, title):
     figure.suptitle(f"{title}\n{patches.bands['s1'][0]} of Sentinel-1; below it the nearest of "
                     f"Sentinel-2, {colours}, the right one framed", fontsize=10)
     figure.savefig(args.retrieve, format="png", dpi=110)
+
+
+def composite(s2, bands):
+    """S2 (..., c, h, w) of the named bands -> picture (..., h, w, 3) in 0..1, and its title: true
+    colour where B4, B3, B2 are there, else the first three bands as false colour."""
+    shown, white, title = ["B4", "B3", "B2"], 3000, "true colour"
+    if not set(shown) <= set(bands):
+        shown = (bands * 3)[:3]
+        white, title = np.percentile(s2, 98) + 1, f"false colour {' '.join(shown)}"
+    picture = np.stack([s2[..., bands.index(band), :, :] for band in shown], -1)
+    return np.clip(picture / white, 0, 1), title
 
 
 def evaluation_parser(description):
@@ -420,7 +427,7 @@ def open_labelled(args, content):
     train_rows, test_rows = patches.rows_of(*data.TRAINED_ON), patches.rows_of("test")
     if not all((patches.labels[rows] != data.IGNORE).any() for rows in (train_rows, test_rows)):
         raise data.DataError(
-            f"{args.data}: needs labelled patches of the splits `train` or `validation` and of "
+            f"{args.data}: needs labelled patches of the splits `train` or `validation`, and "
             f"`test`; it has {len(train_rows)} and {len(test_rows)}")
     stats = content["stats"] if content else patches.stats(train_rows)
     return patches, train_rows, test_rows, {"scale": args.scale, "stats": stats}

@@ -106,10 +106,10 @@ def single_label(classes, count=8):
     return torch.where(label == count, IGNORE, label)
 
 
-def multi_label(classes, share=0.1, count=8):
+def multi_label(classes, count=8):
     """(N, h, w) uint8 of `count` classes -> (N, count) float32 tensor: 1 for each class on at least
-    `share` of all pixels, the unlabelled ones counted in."""
-    needed = share * math.prod(classes.shape[1:]) - 1e-6
+    10 % of all pixels, the unlabelled ones counted in."""
+    needed = 0.1 * math.prod(classes.shape[1:]) - 1e-6
     return (class_counts(classes, count)[:, :count] >= needed).float()
 
 
@@ -201,7 +201,7 @@ class Contrastive(nn.Module):
 
     def similarity(self, a, b):
         """(N, N) similarity of embeddings as the loss sees it."""
-        return mma_similarity(a, b) if self.method == "mma" else F.normalize(a) @ F.normalize(b).T
+        return mma_similarity(a, b) if self.method == "mma" else unit(a) @ unit(b).T
 
 
 class Classifier(nn.Module):
@@ -234,9 +234,10 @@ def autocast(precision, device):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
-def precise(*tensors):
-    """Half precision -> float32: it spoils a softmax. float32 and float64 stay as they are."""
-    return [x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+def unit(x):
+    """Vectors along dimension 1, scaled to length 1; half precision, which spoils a softmax,
+    becomes float32."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
 def nt_xent(z1, z2, temperature, first=0, n=None):
@@ -246,7 +247,7 @@ def nt_xent(z1, z2, temperature, first=0, n=None):
     partner among the 2N - 1 others by cosine similarity / temperature; mean cross-entropy ->
     scalar. first, n: as one of several processes, only the rows of the n places from `first` on."""
     places, n = len(z1), len(z1) if n is None else n
-    z = F.normalize(torch.cat(precise(z1, z2)), dim=1)
+    z = torch.cat((unit(z1), unit(z2)))
     left = torch.arange(first, first + n, device=z.device)
     anchor = torch.cat((left, left + places))
     partner = torch.cat((left + places, left))
@@ -257,16 +258,10 @@ def nt_xent(z1, z2, temperature, first=0, n=None):
 
 
 def mma_similarity(m1, m2):
-    """Similarity of feature maps (Windsor et al. 2021): both normalised along their channels at
-    every location, m2 correlated with m1 over all relative shifts, the maximum, divided by the
-    locations of m2. Maps of equal size have one shift.
-    m1: (N, c, H, W), m2: (M, c, h, w) with h <= H, w <= W -> (N, M)."""
-    m1, m2 = (F.normalize(m, dim=1) for m in precise(m1, m2))
-    locations = m2.shape[2] * m2.shape[3]
+    """Similarity of feature maps (Windsor et al. 2021) of equal size, which have one shift: cosine
+    along the channels, mean over the locations. m1: (N, c, h, w), m2: (M, c, h, w) -> (N, M)."""
     with torch.autocast(m1.device.type, enabled=False):
-        if m1.shape[2:] == m2.shape[2:]:
-            return m1.flatten(1) @ m2.flatten(1).T / locations
-        return F.conv2d(m1, m2).amax((2, 3)) / locations  # maximum of (N, M, H - h + 1, W - w + 1)
+        return unit(m1).flatten(1) @ unit(m2).flatten(1).T / math.prod(m1.shape[2:])
 
 
 def info_nce(similarity, temperature, columns=None, first=0):
@@ -274,7 +269,7 @@ def info_nce(similarity, temperature, columns=None, first=0):
     rows and over columns, mean of both -> scalar. similarity: (N, N); in one of several processes
     its rows from `first` on, (n, N), and `columns`, (n, N), the same columns transposed."""
     target = torch.arange(first, first + len(similarity), device=similarity.device)
-    similarity, columns = precise(similarity, similarity.T if columns is None else columns)
+    columns = similarity.T if columns is None else columns
     loss = F.cross_entropy(similarity / temperature, target)
     return (loss + F.cross_entropy(columns / temperature, target)) / 2
 
@@ -300,10 +295,6 @@ def retrieval(similarity):
 # What the weights released with the paper do not say.
 RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "classes": CLASSES,
             "scale": "patch-max", "stats": None, "simulated": False, "heads": {}, "args": {}}
-
-# Whose files begin with such a key.
-FOREIGN = {"module.encoder_q.": ", as MoCo's do: one network, and no names of its bands",
-           "module.": ", of DistributedDataParallel: save the state_dict of its .module"}
 
 
 def save_checkpoint(path, model, **content):
@@ -348,13 +339,13 @@ def load_checkpoint(path):
         encoders = {"s1": content["s1_model_weights"], "s2": content["s2_model_weights"]}
         content = {**RELEASED, "method": "mma", "encoders": encoders}
     elif content.get("format") != CHECKPOINT_FORMAT:
-        first = str(next(iter(weights), "nothing"))
-        kinds = [kind for prefix, kind in FOREIGN.items() if first.startswith(prefix)]
-        raise CheckpointError(f"{path}: neither a checkpoint of this version nor weights released "
-                              f"with the paper; it begins with {first}{''.join(kinds[:1])}")
-    content = {"classes": CLASSES, **content, "file": str(path)}  # older ones do not name classes
-    refuse_unknown(path, content)
-    return content
+        raise CheckpointError(f"{path}: begins with {next(iter(weights), 'nothing')}: neither a "
+                              "checkpoint of this version nor weights released with the paper; "
+                              "those of MoCo or DistributedDataParallel (module.) are not taken")
+    for key, known in (("method", METHODS), ("arch", ARCHITECTURES), ("scale", SCALING)):
+        if content.get(key) not in known:
+            raise CheckpointError(f"{path}: {key} {content.get(key)!r} is not one of {[*known]}")
+    return {**content, "file": str(path)}
 
 
 def read_weights(path):
@@ -387,17 +378,6 @@ def released_resnets(weights):
     if "layer1.0.conv3.weight" in network:
         content["arch"] = "resnet50"
     return content
-
-
-def refuse_unknown(path, content):
-    """Raise CheckpointError for a network or a scaling that this version cannot make."""
-    for key, known in (("method", METHODS), ("arch", ARCHITECTURES), ("scale", SCALING)):
-        if content.get(key) not in known:
-            raise CheckpointError(f"{path}: {key} {content.get(key)!r} is not one of {[*known]}")
-    for sensor, bands in content["bands"].items() if content["scale"] == "standard" else ():
-        stats = (content["stats"] or {}).get(sensor, {})
-        if not len(stats.get("mean", ())) == len(stats.get("std", ())) == len(bands):
-            raise CheckpointError(f"{path}: scale `standard` lacks mean or std of {sensor} bands")
 
 
 def load_encoders(checkpoint):

@@ -171,8 +171,12 @@ def similarity_of(model, a, b, args):
     """(N, N) similarity for info_nce() and retrieval; with map_shift the maximum over shifts of MMA's maps."""
     if args.vicreg:  # which leaves the sensors where they are
         a, b = a - a.mean(0), b - b.mean(0)
-    inside = slice(args.map_shift, -args.map_shift or None)
-    return model.similarity(a, b[..., inside, inside] if args.map_shift else b)
+    if not args.map_shift:
+        return model.similarity(a, b)
+    b = b[..., args.map_shift:-args.map_shift, args.map_shift:-args.map_shift]
+    (height, width), offsets = b.shape[2:], range(2 * args.map_shift + 1)
+    shifted = [model.similarity(a[..., y:y + height, x:x + width], b) for y in offsets for x in offsets]
+    return torch.stack(shifted).amax(0)
 
 
 def loss_of(model, a, b, args):

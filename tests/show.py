@@ -5,6 +5,8 @@
     python tests/show.py MAP.tif OUT.png --scene S2.tif  # what finetune.py --map made of a scene
 """
 import argparse
+import contextlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -18,15 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import finetune
+import linear_eval
 import models
-import pretrain
 
 
 def draw_pairs(patches):
     """-> figure of eight pairs spread over a store: Sentinel-2 with its class, Sentinel-1."""
     rows = patches.rows[::math.ceil(len(patches.rows) / 8)]
     s1, s2 = (np.concatenate(array[rows], 2) for array in patches.arrays[:2])  # side by side
-    picture, title = data.composite(s2, patches.bands["s2"])
+    picture, title = linear_eval.composite(s2, patches.bands["s2"])
     figure = Figure((2 * len(rows) + 1, 5), layout="constrained")
     above, below = figure.subplots(2, subplot_kw={"xticks": [], "yticks": []})
     above.imshow(picture)
@@ -42,8 +44,10 @@ def draw_pairs(patches):
 def draw_run(folder):
     """-> figure of the log.jsonl of a pretraining."""
     content = models.load_checkpoint(folder / "last.pt")
-    with open(folder / "log.jsonl", errors="replace") as log:
-        entries = pretrain.read_log(log)
+    entries = []
+    for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # what a power cut spoilt
+            entries.append(json.loads(line))
     figure = Figure((9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     losses = [(entry["epoch"], entry["loss"]) for entry in entries if "loss" in entry]
@@ -76,7 +80,7 @@ def draw_scene(axis, path, s2_offset):
     if (image < 0).any():
         axis.imshow(image[0], "gray", vmin=-25, vmax=0)  # dB
         return axis.set_title(f"{bands[0]} of Sentinel-1")
-    picture, colours = data.composite(image - s2_offset, bands)
+    picture, colours = linear_eval.composite(image - s2_offset, bands)
     axis.imshow(picture)
     return axis.set_title(f"Sentinel-2, {colours}")
 

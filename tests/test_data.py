@@ -140,7 +140,7 @@ BAD = {  # how to spoil a file -> the sensor, what is done to it, words of the r
     "negative": ("s2", with_value(-1, np.int32), "-1 to .*is not reflectance x 10,000"),
     "large": ("s2", with_value(65_536, np.uint32), "to 65536, uint32, is not reflectance x 10,000"),
     "8 bit": ("s2", rewrite(lambda a: (a // 64 + 1).astype(np.uint8)), "uint8, is not reflectance x 10,000"),
-    "0 to 1": ("s2", rewrite(lambda a: a / np.float32(10_000)), "float32, is not reflectance x 10,000: convert"),
+    "0 to 1": ("s2", rewrite(lambda a: a / np.float32(10_000)), "float32, is not reflectance x 10,000: mend"),
     "moved": ("s1", rewrite(np.copy, transform=GRID @ rasterio.Affine.translation(3, 0)), "on one grid: 3 px apart"),
     "dangling": ("s2", lambda p: (p.unlink(), p.symlink_to("gone")), "cannot be read"),
     "partner": ("s2", Path.unlink, "no s2 file"),
@@ -962,15 +962,16 @@ def test_a_file_that_is_there_twice(how, tmp_path, rng):
     else:
         (tmp_path / "t/again").mkdir()
         {"link": os.symlink, "copy": shutil.copy}[how](path, tmp_path / "t/again" / path.name)
-    with pytest.raises(data.DataError, match="both s1 of ROIs0000_test_1_p9") as error:
+    words = "again is .*s1_1|s1_1 is .*again: the same folder" if how == "folder" else "both s1 of ROIs0000_test_1_p9"
+    with pytest.raises(data.DataError, match=words) as error:
         data.pack(tmp_path / "t", tmp_path / "store")
-    assert "remove" not in str(error.value) and str(error.value).count(path.name) == 2
+    assert "remove" not in str(error.value)
 
 
 def test_a_link_to_a_folder_above(tmp_path, rng):
     write_tree(tmp_path / "t", rng, 3, layout="plain")
     (tmp_path / "t/s1/up").symlink_to(tmp_path / "t")
-    with pytest.raises((data.DataError, OSError)):
+    with pytest.raises(data.DataError, match="up is .*/t: the same folder"):
         data.pack(tmp_path / "t", tmp_path / "store")
 
 
@@ -1336,7 +1337,6 @@ def test_wrong_input_is_one_line_and_exit_status_2(tmp_path, rng, monkeypatch, c
     for files in written.values():
         rewrite(lambda a: a // 64 + 1)(files["s2"])
     assert "cannot be used" in refused(monkeypatch, capsys, "pack", tree, tmp_path / "below", "--s2-offset", 1000)
-    assert "no pairs" in refused(monkeypatch, capsys, "pack", store, tmp_path / "other")
 
 
 def test_wrong_input_of_pictures_is_one_line(tmp_path, monkeypatch, capsys):
@@ -1378,22 +1378,6 @@ def test_expected_errors_are_one_line(error, line, capsys, monkeypatch):
 
 
 # ------------------------------------------------------------------------------ pictures
-
-def test_composite():
-    rng = np.random.default_rng(0)
-    s2 = rng.integers(0, 6000, (13, 4, 5)).astype(np.uint16)
-    picture, title = data.composite(s2, data.S2_BANDS)
-    assert title == "true colour" and picture.shape == (4, 5, 3)
-    assert np.allclose(picture, np.clip(s2[[3, 2, 1]] / 3000, 0, 1).transpose(1, 2, 0))
-    for bands, shown in ((["B12", "B8", "B4"], [0, 1, 2]), (["pan"], [0, 0, 0]), (["a", "b"], [0, 1, 0]),
-                         (["B4", "B8", "B3", "B11"], [0, 1, 2])):
-        picture, title = data.composite(s2[:len(bands)], bands)
-        assert title.startswith("false colour") and all(bands[k] in title for k in shown)
-        assert picture.shape == (4, 5, 3) and picture.min() >= 0 and 0.9 < picture.max() <= 1
-        for channel, band in enumerate(shown):
-            order = s2[band].ravel().argsort(kind="stable")
-            assert (np.diff(picture[..., channel].ravel()[order]) >= 0).all()
-
 
 @pytest.mark.parametrize("legend", [None, FLOOD, {"s1": ["HH"], "s2": ["pan"]}])
 def test_show_of_any_bands_and_classes(legend, tmp_path, rng, monkeypatch):
