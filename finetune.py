@@ -389,10 +389,10 @@ def write_map(args):
     finally:
         part.unlink(missing_ok=True)
     for raster in scene.values():
-        usual = raster.numbers == [*raster.tif.indexes] and raster.tif.nodata is None
-        if raster.offset or not usual:
-            print(f"{raster.name}: {' '.join(raster.bands)} are its bands {raster.numbers}, no data "
-                  f"is {raster.tif.nodata}, {raster.offset or 0:,} was subtracted")
+        plain = raster.numbers == [*raster.tif.indexes] and raster.tif.nodata is None
+        if raster.offset or not plain:
+            print(f"{raster.name}: {' '.join(raster.bands)} are its bands {raster.numbers}, no "
+                  f"data is {raster.tif.nodata}, {raster.offset or 0:,} was subtracted")
     print(f"wrote {args.map}; tests/show.py draws it")
 
 
