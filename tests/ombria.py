@@ -40,6 +40,15 @@ def write(path, array):
         file.write(array)
 
 
+def write_pair(folder, name, radar, optical, classes=None):
+    """8 bits (c, h, w) of both sensors, and perhaps codes (1, h, w), as FOLDER/{s1,s2,classes}/NAME."""
+    images = {"s1": radar[:1] * np.float32(25 / 255) - 25, "s2": optical[:3] * np.uint16(39)}
+    if classes is not None:
+        images["classes"] = classes
+    for sensor, image in images.items():
+        write(folder / sensor / name, image)
+
+
 def find_places(clone, regions):
     """-> (list of {"scene", "name", "test", "before", "after": (S1, S2) paths, "mask"}, what is missing).
     regions: {name: scene} of the 694 places that have no country, or {}."""
@@ -75,11 +84,8 @@ def convert(place, date, split, out, suffix="", mask=False):
         radar, optical, *flood = map(read, files)
     except rasterio.errors.RasterioError as error:
         return f"{place['name']} {date}: {error}"
-    images = {"s1": radar[:1] * np.float32(25 / 255) - 25, "s2": optical[:3] * np.uint16(39)}
-    if mask:
-        images["classes"] = np.where(flood[0][:1] > 127, 2, 1).astype(np.uint8)
-    for sensor, image in images.items():
-        write(out / split / sensor / place["scene"] / f"{place['name']}{suffix}.tif", image)
+    codes = np.where(flood[0][:1] > 127, 2, 1).astype(np.uint8) if mask else None
+    write_pair(out / split, f"{place['scene']}/{place['name']}{suffix}.tif", radar, optical, codes)
     return None
 
 
