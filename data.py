@@ -183,7 +183,7 @@ class Raster:
             tops = range(0, self.tif.height, SURVEY)
             lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]
             self.judge(*(np.concatenate(parts, -2) for parts in zip(*lines)))
-        if not self.judged:
+        if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)
         image = image.astype(np.float32) - (self.offset or 0)
         image[:, ~there] = np.nan
@@ -206,8 +206,8 @@ def refuse_other_grid(one, other):
                   f"{apart:.4g} px apart")
     else:
         return
-    raise DataError(f"{one.name}, {other.name}: not on one grid: {differ}: rio warp {one.name} "
-                    f"WARPED.tif --like {other.name} --resampling bilinear")
+    raise DataError(f"{Path(one.name).name}, {Path(other.name).name}: not on one grid: {differ}: rio "
+                    f"warp {one.name} WARPED.tif --like {other.name} --resampling bilinear")
 
 
 def place_of(name):

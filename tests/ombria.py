@@ -40,6 +40,16 @@ def write(path, array):
         file.write(array)
 
 
+def write_pair(folder, name, radar, optical, classes=None):
+    """8 bits (c, h, w) of both sensors, and perhaps codes (1, h, w), as FOLDER/{s1,s2,classes}/NAME."""
+    db, s2 = radar[:1] * np.float32(25 / 255) - 25, optical[:3] * np.uint16(39)
+    images = {"s1": db.clip(max=-0.004), "s2": np.where(s2.any(0), s2, np.uint16(1))}  # 0 is no data
+    if classes is not None:
+        images["classes"] = classes
+    for sensor, image in images.items():
+        write(folder / sensor / name, image)
+
+
 def find_places(clone, regions):
     """-> (list of {"scene", "name", "test", "before", "after": (S1, S2) paths, "mask"}, what is missing).
     regions: {name: scene} of the 694 places that have no country, or {}."""
@@ -75,12 +85,8 @@ def convert(place, date, split, out, suffix="", mask=False):
         radar, optical, *flood = map(read, files)
     except rasterio.errors.RasterioError as error:
         return f"{place['name']} {date}: {error}"
-    db = radar[:1] * np.float32(25 / 255) - 25
-    images = {"s1": db.clip(max=-0.004), "s2": optical[:3] * np.uint16(39)}  # 0 dB is no data
-    if mask:
-        images["classes"] = np.where(flood[0][:1] > 127, 2, 1).astype(np.uint8)
-    for sensor, image in images.items():
-        write(out / split / sensor / place["scene"] / f"{place['name']}{suffix}.tif", image)
+    codes = np.where(flood[0][:1] > 127, 2, 1).astype(np.uint8) if mask else None
+    write_pair(out / split, f"{place['scene']}/{place['name']}{suffix}.tif", radar, optical, codes)
     return None
 
 

@@ -236,7 +236,7 @@ def test_values_that_are_not_in_db_are_said(tmp_path, monkeypatch):
         make_map(monkeypatch, tmp_path)
     assert not list(tmp_path.glob("map*"))
     s1[:, 5:] = np.nan
-    s1[:, :5] = 3  # the tip of a swath over a town
+    s1[0, :5], s1[1, :5] = 3, -4  # the tip of a swath over a town
     write_tif(tmp_path / "S1.tif", s1)
     labels, = make_map(monkeypatch, tmp_path)
     assert (labels[:5] < 255).all() and (labels[5:] == 255).all()
@@ -248,7 +248,7 @@ def test_offset_of_baseline_0400_is_found_by_the_cirrus_band(tmp_path, monkeypat
     _, s2 = write_scene(tmp_path)
     write_classifier(tmp_path / "c.pt")
     usual = make_map(monkeypatch, tmp_path)
-    assert data.re.search("S2.tif: .* 0 was subtracted\n", capsys.readouterr().out)
+    assert "subtracted" not in capsys.readouterr().out
     write_tif(tmp_path / "S2.tif", np.where(np.arange(170) < 9, 0, s2 + 1000).astype(np.uint16))  # and no data
     shifted = make_map(monkeypatch, tmp_path)
     assert data.re.search("S2.tif: .* 1,000 was subtracted\n", capsys.readouterr().out)
@@ -378,7 +378,7 @@ def test_wrong_input_is_one_line(tmp_path, monkeypatch):
             (grid, {"s1": "moved.tif"}, ()),
             ("0.5 px", {"s1": "moved.tif"}, ()),
             ("EPSG:32634 and EPSG:32633", {"s1": "zone.tif"}, ()),
-            ("not on one grid: 170 x 159 px and 170 x 150 px", {"s1": "larger.tif"}, ()),
+            ("not on one grid: 170 x 159 and 170 x 150 px", {"s1": "larger.tif"}, ()),
             ("three.tif: 3 bands", {"s2": "three.tif"}, ()),
             ("--s1: ", {"s1": None}, ()),
             ("--s2: ", {"s2": None}, ()),
@@ -419,7 +419,7 @@ def test_a_map_in_place_of_its_scene_is_refused_and_endings_may_be_capital(tmp_p
     write_classifier(tmp_path / "c.pt")
     usual, before = make_map(monkeypatch, tmp_path), (tmp_path / "S2.tif").read_bytes()
     (tmp_path / "link.tif").symlink_to("S2.tif")
-    write_vrt(tmp_path / "S2.vrt", [(tmp_path / "S2.tif", k + 1) for k in range(13)], (40, 50), kind="UInt16")
+    rasterio.shutil.copy(tmp_path / "S2.tif", tmp_path / "S2.vrt", driver="VRT")
     options = ("--classifier", tmp_path / "c.pt", "--s1", tmp_path / "S1.tif", "--precision", "float32")
     for out, s2 in (("S2.tif", "S2.tif"), ("S1.tif", "S2.tif"), ("link.tif", "S2.tif"), ("S2.tif", "link.tif"), ("S2.tif", "S2.vrt")):
         with pytest.raises(data.DataError, match="--map .*would overwrite"):
@@ -436,7 +436,7 @@ def test_a_scene_that_is_cut_off_is_one_line(tmp_path, monkeypatch):
     write_classifier(tmp_path / "c.pt")
     whole_file = (tmp_path / "S2.tif").read_bytes()
     (tmp_path / "S2.tif").write_bytes(whole_file[:len(whole_file) // 2])
-    with pytest.raises(data.DataError, match=r"map.tif: .*free space, or mend .*S2.tif") as error:
+    with pytest.raises(data.DataError, match=r"S2.tif: cannot be read, is it cut off") as error:
         make_map(monkeypatch, tmp_path, "--s2-offset", 0)
     assert "\n" not in str(error.value) and not list(tmp_path.glob("map*"))
 
