@@ -17,7 +17,7 @@ import torch
 from click.testing import CliRunner
 from conftest import CONTEXT, as_main, call, folder, user
 from rasterio.rio.main import main_group
-from test_data import GRID, GRIDS, HOLES, NAMES, UNITS, write_vrt
+from test_data import GRID, GRIDS, HOLES, NAMES, UNITS
 from test_finetune import tune
 
 import data
