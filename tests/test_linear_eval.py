@@ -606,7 +606,7 @@ def test_crops_have_their_own_labels_among_many_classes(tmp_path):
     for c in range(12):
         halves = np.repeat([10 * c, 10 * ((c + 1) % 12)], 8) * np.ones((1, 8, 1))
         s2 = np.concatenate([halves] * 3)
-        write_pair(tmp_path / "tree/train", c, legend, halves - 200, s2, halves)
+        write_pair(tmp_path / "tree/train", c, legend, halves / 2 - 90, s2, halves)
     patches = data.pack(tmp_path / "tree", tmp_path / "store")
     args = linear_eval.evaluation_parser("").parse_args(["--crop", "8"])
     crops = linear_eval.extract(lambda s1, s2: s2.mean((2, 3)), {"scale": "fixed"}, patches,
