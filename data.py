@@ -206,8 +206,8 @@ def refuse_other_grid(one, other):
                   f"{apart:.4g} px apart")
     else:
         return
-    raise DataError(f"{Path(one.name).name}, {Path(other.name).name}: not on one grid: {differ}: rio "
-                    f"warp {one.name} WARPED.tif --like {other.name} --resampling bilinear")
+    raise DataError(f"{Path(one.name).name}, {Path(other.name).name}: not on one grid: {differ}: "
+                    f"rio warp {one.name} WARPED.tif --like {other.name} --resampling bilinear")
 
 
 def place_of(name):

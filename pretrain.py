@@ -4,11 +4,10 @@
     python pretrain.py --method mma --data STORE --out runs/mma
     torchrun --nproc-per-node 8 pretrain.py --data STORE     # --batch-size stays the global one
 
-In --out: last.pt (all that is needed to go on or to evaluate), previous.pt, log.jsonl. Saved is at
-the end of an epoch, at most once a minute, and at the end of the run.
-The same command started again goes on at the step where it was, on the CPU to the same bits as if
-never stopped; SIGTERM and Ctrl-C save first. Every --eval-every epochs the encoders look up
-held-out places: which Sentinel-2 patch belongs to this Sentinel-1 patch, and the other way.
+In --out: log.jsonl, previous.pt and last.pt, all that is needed to go on or to evaluate: saved at
+the end of an epoch, at most once a minute. The same command started again goes on where it was, on
+the CPU to the same bits; SIGTERM and Ctrl-C save first. Every --eval-every epochs the encoders look
+up held-out places: which Sentinel-2 patch belongs to this Sentinel-1 patch, and the other way.
 """
 import argparse
 import contextlib
@@ -60,10 +59,8 @@ def arguments():
     add("--seed", type=int, default=0)
     add("--holdout", type=float, default=0.02, help="share of scenes, where no split is `test`")
     add("--eval-every", type=data.positive, default=10, help="epochs, of retrieval (default 10)")
-    add("--micro-batch", type=data.positive,
-        help="pairs per forward pass: less memory; slow on several GPUs")
+    add("--micro-batch", type=data.positive, help="pairs a pass: less memory; slow on several GPUs")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
-    add("--compile", action="store_true", help="torch.compile the network, in one process")
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
     devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
     add("--device", choices=devices, default=devices[-1])
@@ -80,11 +77,9 @@ def arguments():
 def join_processes(args):
     """-> (rank, world, device) of this process among those of torchrun, or of the only one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    needed = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} if world > 1 else set()
-    if missing := sorted(needed - os.environ.keys()):
-        raise data.DataError(f"WORLD_SIZE={world}, but no {', '.join(missing)}: start it with "
-                             "torchrun, or unset WORLD_SIZE")
-    rank = int(os.environ["RANK"]) if needed else 0
+    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise data.DataError(f"WORLD_SIZE={world}: start it with torchrun, or unset WORLD_SIZE")
+    rank = int(os.environ["RANK"]) if world > 1 else 0
     device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -101,18 +96,13 @@ def join_processes(args):
 def refuse_unfit(args, device, world):
     """DataError for options that would spoil a run, or slow it down, without a word."""
     size, n, micro = args.batch_size, args.batch_size // world, args.micro_batch
-    if size == 1:
-        raise data.DataError("--batch-size 1: a loss needs other places: choose 2 or more")
-    if size % world:
-        raise data.DataError(f"--batch-size {size} does not divide by {world} processes")
+    if size == 1 or size % world:
+        raise data.DataError(f"--batch-size {size}: choose 2 or more, since a loss needs other "
+                             f"places, and a multiple of the number of processes, {world}")
     if micro and 1 in (micro, n % micro):
         raise data.DataError(f"--micro-batch {micro}: leaves batch norm a single pair of {n}: "
                              f"choose a divisor of {n} above 1")
-    if args.compile and world > 1:
-        raise data.DataError("--compile: is for one process, since batch norm over several breaks "
-                             "its graph at every layer: leave it out")
-    # There torch's bf16 gradient of a 3x3 convolution with stride 2 of a map of 1 px holds what the
-    # memory held before.
+    # There torch's gradient of a 3x3 convolution with stride 2 of 1 px is what the memory held.
     bf16 = models.resolve_precision(args.precision, device) == "bf16"
     if bf16 and device.type == "cpu" and args.crop <= 16 and args.method != "mma":
         raise data.DataError(f"--crop {args.crop}: on a CPU bf16 gradients of a ResNet are wrong "
@@ -276,15 +266,6 @@ def held_out_retrieval(model, patches, crops, args, stats, device, cast):
     return {"candidates": len(similarity), forth: one, back: other}
 
 
-def read_log(file):
-    """-> the lines of an open log.jsonl, dicts; without those that a kill or a power cut spoilt."""
-    entries = []
-    for line in file:
-        with contextlib.suppress(ValueError):
-            entries.append(json.loads(line))
-    return entries
-
-
 def open_log(path, step):
     """-> log.jsonl to add to: a JSON line per logged step and per retrieval, up to `step`; locked
     until its process ends. DataError where another run has it."""
@@ -295,9 +276,13 @@ def open_log(path, step):
     except BlockingIOError:
         raise data.DataError(f"{path.parent}: another run writes there: wait for it, or choose "
                              "another --out") from None
-    kept = [entry for entry in read_log(log) if step and entry["step"] <= step]
+    kept = []
+    for line in log:
+        with contextlib.suppress(ValueError):  # what a kill or a power cut spoilt
+            if step and json.loads(line)["step"] <= step:
+                kept.append(line.strip() + "\n")
     log.seek(0)
-    log.writelines(json.dumps(entry) + "\n" for entry in kept)  # mostly what is there already
+    log.writelines(kept)  # mostly what is there already
     log.truncate()  # what follows is of a run that was killed
     return log
 
@@ -310,7 +295,7 @@ def make_model(args, bands, device, world):
     model = model.to(device, memory_format=torch.channels_last)
     if world > 1 and device.type == "cuda":  # the statistics of the global batch
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    network = torch.compile(model) if args.compile else model
+    network = model
     if world > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
         network.broadcast_buffers = False  # as an argument it is deprecated from torch 2.14 on
@@ -345,13 +330,6 @@ def resume(args, settings, model, optimizer):
     return content["step"], content["retrieval"]
 
 
-def moment(device):
-    """Now, in s; of a GPU an event when it will have done all that it was given so far."""
-    if device.type != "cuda":
-        return time.perf_counter()
-    return torch.cuda.current_stream().record_event(torch.cuda.Event(enable_timing=True))
-
-
 def train(args):
     rank, world, device = join_processes(args)
     patches = open_patches(args)
@@ -365,8 +343,7 @@ def train(args):
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings |= {"precision": models.resolve_precision(args.precision, device),
                  "bands": patches.bands["s1"] + patches.bands["s2"], "data": patches.identity,
-                 "processes": world if device.type == "cpu" else None,  # each its own batch norm
-                 "negatives": "of both" if args.recipe == "ours" else None}  # once others
+                 "processes": world if device.type == "cpu" else None}  # each its own batch norm
     model, network, optimizer = make_model(args, patches.bands, device, world)
     cast = models.autocast(args.precision, device)
     loss_of = partial(model.loss, temperature=args.temperature)
@@ -390,12 +367,9 @@ def train(args):
     batches = batches_from(start, rows, patches.size, args, rank, world)
     feed = data.loader(patches, batches, args.crop, device, args.threads)
     bar = tqdm(range(start + 1, total + 1), args.method, total, initial=start, disable=rank > 0)
-    step, stop, waits = start, 0, []
+    step, stop, timed = start, 0, start
     clock = saved = time.perf_counter()
-    for step in bar:
-        before = moment(device)
-        s1, s2, *_ = next(feed)
-        waits.append((before, moment(device)))
+    for step, (s1, s2, *_) in zip(bar, feed):
         rate = learning_rate(step - 1, epoch_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("factor", 1)
@@ -417,11 +391,9 @@ def train(args):
                                              f"{norm}: try a lower --lr or --precision float32")
         if logs and rank == 0:
             accuracy = models.retrieval(model.similarity(a, b))["top1"]
-            pairs_per_s = len(waits) * args.batch_size / (time.perf_counter() - clock)
-            waited = [other - one if device.type == "cpu" else one.elapsed_time(other) / 1000
-                      for one, other in waits]
+            pairs_per_s = (step - timed) * args.batch_size / (time.perf_counter() - clock)
             entry = {"epoch": step / epoch_steps, "step": step, "loss": loss, "lr": rate,
-                     "accuracy": accuracy, "pairs_per_s": pairs_per_s, "waited_s": sum(waited)}
+                     "accuracy": accuracy, "pairs_per_s": pairs_per_s}
             print(json.dumps(entry), file=log)
             bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy:.1%}")
         if held_crops and not within and (epoch % args.eval_every == 0 or step == total):
@@ -438,7 +410,7 @@ def train(args):
         if stop:
             break
         if logs:
-            waits, clock = [], time.perf_counter()
+            timed, clock = step, time.perf_counter()
     bar.close()
     if rank == 0:
         print(f"{args.out}/last.pt: {step} of {total} steps are done, see log.jsonl beside it")

@@ -74,11 +74,11 @@ TRIALS = {
     "mma+rates": OURS | {"method": "mma", "temperature": 0.1},
     "mma+shift": {"method": "mma", "temperature": 0.1, "map_shift": 1},  # locations of 8 px
 }
-USUAL = {  # from `method` to `compile` what pretrain.make_model() wants to know
+USUAL = {  # from `method` to `weight_decay` what pretrain.make_model() wants to know
     "across": False, "shift": 0, "later": 0, "drop": 0, "noise": 0, "barlow": 0, "ema": 0,
     "turned": 0, "warmup": 0, "lars": False, "adafactor": False, "adamw": False, "betas": None,
     "learned": False, "vicreg": False, "map_shift": 0, "method": "d-simclr", "arch": "resnet18",
-    "recipe": "poster", "lr": 3e-4, "weight_decay": 1e-4, "compile": False,
+    "recipe": "poster", "lr": 3e-4, "weight_decay": 1e-4,
     "temperature": 0.07, "crop": 48, "batch_size": 64, "constant_epochs": 10}
 DEVICE = torch.device("cpu")
 

@@ -141,7 +141,7 @@ BAD = {  # how to spoil a file -> the sensor, what is done to it, words of the r
     "large": ("s2", with_value(65_536, np.uint32), "to 65536, uint32, is not reflectance x 10,000"),
     "8 bit": ("s2", rewrite(lambda a: (a // 64 + 1).astype(np.uint8)), "uint8, is not reflectance x 10,000"),
     "0 to 1": ("s2", rewrite(lambda a: a / np.float32(10_000)), "float32, is not reflectance x 10,000: mend"),
-    "moved": ("s1", rewrite(np.copy, transform=GRID @ rasterio.Affine.translation(3, 0)), "on one grid: 3 px apart"),
+    "moved": ("s1", rewrite(np.copy, transform=GRID @ rasterio.Affine.translation(3, 0)), "on one grid: .*3 px apart"),
     "dangling": ("s2", lambda p: (p.unlink(), p.symlink_to("gone")), "cannot be read"),
     "partner": ("s2", Path.unlink, "no s2 file"),
 }

@@ -102,7 +102,7 @@ def contents(out):
     """Everything that must be equal, bit for bit: (checkpoint, log without its times)."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     content = torch.load(out / "last.pt", weights_only=True)
-    return content, [{k: v for k, v in line.items() if k not in ("pairs_per_s", "waited_s")} for line in log]
+    return content, [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in log]
 
 
 def assert_equal(one, other, where=""):
@@ -156,7 +156,7 @@ def test_every_method_runs_and_logs(method, scale):
     held, steps = ([line for line in log if key in line] for key in ("retrieval", "loss"))
     assert [line["epoch"] for line in held] == [0, 1, 2] and [line["step"] for line in steps] == [2, 3, 4, 6]
     assert steps[0].keys() == {"epoch", "step", "loss", "accuracy", "lr"} and all(line["lr"] == 3e-5 for line in steps)
-    assert {"pairs_per_s", "waited_s"} < json.loads((out / "log.jsonl").read_text().splitlines()[1]).keys()
+    assert json.loads((out / "log.jsonl").read_text().splitlines()[1])["pairs_per_s"] > 0
     for line in held:
         assert line["retrieval"]["candidates"] == 16 and len(line["retrieval"]) == 3
     assert held[-1]["retrieval"] == content["retrieval"]
@@ -242,8 +242,7 @@ def test_simclr_takes_three_named_bands_where_colours_are_missing(trees, tmp_pat
     data.pack(tree, tmp_path / "store")
     base = ["--data", tmp_path / "store", "--method", "simclr-rgb", "--epochs", 1, "--batch-size", 8, "--crop", 24]
     code, text = finish(start(base, tmp_path / "none"))
-    assert code == 2 and text.count("\n") == 1 and "no band B4 B3 B2" in text and "haze" in text
-    assert "see --bands" in text
+    assert code == 2 and text.count("\n") == 1 and re.search("no band (B4 B3 B2|B2 B3 B4), see --bands; .*haze", text)
     run([*base, "--bands", "nir", "swir", "red"], tmp_path / "named")
     content = models.load_checkpoint(tmp_path / "named/last.pt")
     assert content["bands"] == {"s1": [], "s2": ["nir", "swir", "red"]} and content["classes"] == ["dry", "flooded"]
@@ -253,7 +252,7 @@ def test_simclr_takes_three_named_bands_where_colours_are_missing(trees, tmp_pat
     (["--batch-size", 65], "only 48 pairs"), (["--crop", 41], "--crop 41"),
     (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"), (["--data", "nowhere"], "SEN12MS"),
     (["--data", ROOT], "data.py pack"), (["--threads", 0], "0 is not above 0"),
-    (["--batch-size", 1], "--batch-size 1: a loss needs other places"),
+    (["--batch-size", 1], "--batch-size 1: choose 2 or more, since a loss needs other places"),
     (["--micro-batch", 7], "--micro-batch 7: leaves batch norm a single pair of 8: choose a divisor of 8"),
     (["--micro-batch", 1], "--micro-batch 1: leaves"),
     (["--crop", 16, "--precision", "bf16"], "--crop 16: on a CPU bf16 gradients of a ResNet are wrong up to 16 px"),
@@ -267,11 +266,10 @@ def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, 
 
 
 @pytest.mark.parametrize("environment, arguments, words", [
-    ({"WORLD_SIZE": "2"}, [], "WORLD_SIZE=2, but no LOCAL_RANK, MASTER_ADDR, MASTER_PORT, RANK: start it with torchrun"),
-    ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1"}, [], "but no MASTER_ADDR: start"),
-    ({}, ["--batch-size", 7], "--batch-size 7 does not divide by 2 processes"),
-    ({}, ["--micro-batch", 3], "--micro-batch 3: leaves batch norm a single pair of 4"),
-    ({}, ["--compile"], "--compile: is for one process")])
+    ({"WORLD_SIZE": "2"}, [], "WORLD_SIZE=2: start it with torchrun"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1"}, [], "WORLD_SIZE=2: start"),
+    ({}, ["--batch-size", 7], "--batch-size 7: choose 2 or more, since a loss needs other places, and a multiple of the number of processes, 2"),
+    ({}, ["--micro-batch", 3], "--micro-batch 3: leaves batch norm a single pair of 4")])
 def test_several_processes_that_cannot_work_are_refused_before_they_meet(store, tmp_path, monkeypatch, capsys, environment,
                                                                          arguments, words):
     for name, value in (environment or rank_environments(2)[0]).items():
@@ -289,11 +287,7 @@ def test_our_recipe_is_another_run(store, tmp_path):
     content, _ = contents(tmp_path / "ours")
     assert content["args"]["recipe"] == "ours"
     code, text = finish(start(base, tmp_path / "ours"))
-    assert code == 2 and "made with other settings ({'recipe': 'ours', 'negatives': 'of both'})" in text
-    del content["args"]["negatives"]  # as when they were of the other sensor alone
-    torch.save(content, tmp_path / "ours/last.pt")
-    code, text = finish(start([*base, "--recipe", "ours"], tmp_path / "ours"))
-    assert code == 2 and "made with other settings ({'negatives': None})" in text
+    assert code == 2 and "made with other settings ({'recipe': 'ours'})" in text
 
 
 def test_our_recipe_steps_in_proportion_to_the_weights_and_goes_on_in_the_same_bits(store, tmp_path):
@@ -673,7 +667,7 @@ def gradients_in_a_process(environment, cases, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    args = SimpleNamespace(method="d-simclr", arch="resnet18", recipe="ours", seed=rank, compile=False, lr=1, weight_decay=0)
+    args = SimpleNamespace(method="d-simclr", arch="resnet18", recipe="ours", seed=rank, lr=1, weight_decay=0)
     model, network, optimizer = pretrain.make_model(args, {"s1": ["VV"], "s2": models.RGB}, torch.device("cpu"), world)
     assert network.module is model and not network.will_sync_module_buffers()  # not in every forward
     first = model.encoders["s1"].conv1.weight
