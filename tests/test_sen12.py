@@ -142,7 +142,7 @@ def test_tiles_of_the_real_thing(real, tmp_path, monkeypatch):
     for row in patches.rows:
         name = patches.ids[row].split("/")[-1]
         place = by_name[name]
-        split = {"": "", "0": "test", "1": "validation"}[place["fold"]]
+        split = {"": "", "0": "test", "1": "train"}[place["fold"]]
         assert patches.splits[row] == split and patches.scenes[row].split("/")[-1] == place["group"]
         code = patches.classes.index(place["class"]) if split else data.IGNORE
         assert (patches.arrays[2][row] == code).all()
