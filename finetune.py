@@ -97,6 +97,9 @@ def train(model, scaling, patches, rows, task, seed, args, name):
 def evaluate(args, content):
     """Train and test a classifier per task, label fraction and seed: a result line each."""
     patches, train_rows, test_rows, scaling = linear_eval.open_labelled(args, content)
+    if models.spoils_gradients(args.method, args.crop, args.precision, args.device):
+        raise data.DataError(f"--crop {args.crop}: on a CPU bf16 gradients of a ResNet are wrong "
+                             "up to 16 px: choose --precision float32, or more")
     results, labels = linear_eval.Results(args.results), patches.labels[train_rows]
     fixed = {"protocol": "finetune" if content else "scratch",
              **linear_eval.describe(args, content, patches, "epochs", "batch_size", "lr",

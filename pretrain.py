@@ -87,7 +87,10 @@ def join_processes(args):
     refuse_unfit(args, device, world)
     if world > 1:  # torchrun keeps its store over a restart, with the addresses of the dead
         store, *_ = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        began = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # it differs between hosts: count anew
+            began = str(store.add(f"rank {rank} began", 1))
+        store = dist.PrefixStore(began, store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return rank, world, device
@@ -102,9 +105,7 @@ def refuse_unfit(args, device, world):
     if micro and 1 in (micro, n % micro):
         raise data.DataError(f"--micro-batch {micro}: leaves batch norm a single pair of {n}: "
                              f"choose a divisor of {n} above 1")
-    # There torch's gradient of a 3x3 convolution with stride 2 of 1 px is what the memory held.
-    bf16 = models.resolve_precision(args.precision, device) == "bf16"
-    if bf16 and device.type == "cpu" and args.crop <= 16 and args.method != "mma":
+    if models.spoils_gradients(args.method, args.crop, args.precision, device):
         raise data.DataError(f"--crop {args.crop}: on a CPU bf16 gradients of a ResNet are wrong "
                              "up to 16 px: choose --precision float32, or more")
 
@@ -350,7 +351,9 @@ def train(args):
     args.out.mkdir(parents=True, exist_ok=True)
     start, retrieval = resume(args, settings, model, optimizer)
     log = open_log(args.out / "log.jsonl", start) if rank == 0 else None
-    if (gather(torch.tensor([start]), world) != start).any():
+    gather(torch.tensor([start]), world)  # now the log of the first process is there for all
+    shared = (args.out / "log.jsonl").exists()
+    if (gather(torch.tensor([start if shared else -1]), world) != start).any():
         raise models.CheckpointError(f"{args.out}: not that of the other processes: share one")
 
     def look_up(step):

@@ -28,7 +28,7 @@ def as_a_user():
              "--epochs", 1, "--batch-size", 8, "--crop", 16, "--holdout", 0.25),
             ("tests/show.py", out / "run", out / "curve.png"),
             ("linear_eval.py", *encoders, *labelled, *small, "--task", "single", "multi"),
-            ("finetune.py", "--method", "only-s2", *labelled, *small, "--epochs", 1),
+            ("finetune.py", "--method", "only-s2", *labelled, *small, "--epochs", 1, "--precision", "float32"),
             ("finetune.py", "--report", out / "results"),
             ("linear_eval.py", *encoders, *labelled, "--embed", out / "embeddings.npz"),
             ("linear_eval.py", *encoders, *labelled, "--retrieve", out / "retrieval.png"),
