@@ -346,7 +346,8 @@ def statistics(image, unit):
     for band in image:
         band = band.ravel() if there.all() else band[there]
         floats = band.astype(float)  # of one band: the processor's cache holds it
-        count, total, squares = len(band), int(floats.sum()), int(floats @ floats)
+        squares = int(np.einsum("i,i", floats, floats))  # BLAS would wait for its own threads
+        count, total = len(band), int(floats.sum())
         variance = (count * squares - total**2) / count**2  # of integers: nothing is rounded
         values = total / count / unit, variance / unit**2, band.min() / unit, band.max() / unit
         rows.append((count, *values))
