@@ -230,7 +230,7 @@ def resolve_precision(precision, device):
 
 def spoils_gradients(method, crop, precision, device):
     """Whether training must be refused: on a CPU torch's bf16 gradient of a 3x3 convolution with
-    stride 2 of a map of 1 px, as a ResNet has up to crops of 16 px, holds what memory held before."""
+    stride 2 of a map of 1 px, as a ResNet has up to crops of 16 px, is what the memory held."""
     bf16 = resolve_precision(precision, device) == "bf16"
     return bf16 and torch.device(device).type == "cpu" and crop <= 16 and method != "mma"
 
