@@ -3,9 +3,9 @@
     python data.py pack TREE STORE     # GeoTIFFs to plain .npy: parallel, resumable, safe to kill
     python data.py check STORE         # counts beside the published ones, bad files, value ranges
 
-A TREE holds SEN12MS, DFC2020 or plain pairs, see README; what a file says of itself is believed,
-see Raster. A STORE holds `s1.npy` (N, C1, H, W) in 1/100 dB, `s2.npy` (N, C2, H, W) reflectance x
-10,000, perhaps `classes.npy` (N, H, W), `patches.npy` (N,) records, and `index.json`.
+A TREE holds SEN12MS, DFC2020 or plain pairs, see README. A STORE holds `s1.npy` (N, C1, H, W) in
+1/100 dB, `s2.npy` (N, C2, H, W) reflectance x 10,000, perhaps `classes.npy` (N, H, W), and of each
+patch a record in `patches.npy`; `index.json` is written last.
 """
 import argparse
 import contextlib
@@ -25,7 +25,6 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
-from rasterio.enums import MaskFlags
 from rasterio.windows import Window
 from tqdm import tqdm
 
@@ -45,10 +44,11 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 4
-SURVEY = 32  # the unit of a scene is judged by one of so many lines
-ROI = re.compile(r".*/(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(tiff?|vrt)", re.IGNORECASE)
+SURVEY = 32  # a scene is judged by one of so many lines
+ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
+                 re.IGNORECASE)
 PLAIN = re.compile(r"(?:(.*?)/)??(s1|s2|classes)/(.*)\.(?:tiff?|vrt)", re.IGNORECASE)
-BAND = re.compile(r"(?<![A-Z0-9])(?:(VV|VH|HH|HV)|B0?(\d+A?))(?![A-Z0-9])")
+BAND = re.compile(r"(?<![A-Z0-9])(VV|VH|HH|HV|B\d+A?)(?![A-Z0-9])")
 
 
 class DataError(Exception):
@@ -75,46 +75,52 @@ def positive(text):
     return int(text)
 
 
-def classes_from_codes(codes, legend=DFC_CODES):
-    """Label codes of any shape and integer type -> uint8 classes, numbered in the order of the
-    names in the legend, {code: name}; 255 for a code that it lacks."""
-    names = list(dict.fromkeys(legend.values()))
-    classes = np.full(np.shape(codes), IGNORE, np.uint8)
-    for code, name in legend.items():
-        classes[np.equal(codes, int(code))] = names.index(name)
-    return classes
+def lock(file, folder):
+    """Keep an open file from other processes until it is closed."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{folder}: another run writes there: wait, or choose another") from None
 
 
 def band_name(text):
     """The band that a text holds as a word, as `B02`, `B8a` or `Sigma0_VV_db` do; else the text in
     capitals; "" for none and for `Band 1`."""
     text = (text or "").upper()
-    words = {word or f"B{number}" for word, number in BAND.findall(text)}
-    if len(words) == 1:
-        return words.pop()
-    return re.sub(r"^(BAND|LAYER)[ _]?\d+$", "", text)
+    words = {word.replace("B0", "B") for word in BAND.findall(text)}
+    return words.pop() if len(words) == 1 else re.sub(r"^(BAND|LAYER)[ _]?\d+$", "", text)
+
+
+def band_of_file(vrt, number):
+    """The band in the name of the file behind a band of a VRT, or ""."""
+    source = str(vrt.tags(number, ns="vrt_sources"))
+    file = "".join(re.findall("([^/>]*)</SourceFilename", source))
+    return band_name(file) if BAND.search(file.upper()) else ""
 
 
 @contextlib.contextmanager
-def reading(path):
+def reading(name):
     """What GDAL says of a file that it cannot read becomes a DataError."""
     try:
         yield
     except rasterio.errors.RasterioError as error:
-        raise DataError(f"{Path(path).name}: cannot be read, is it cut off, or a Git LFS pointer? "
-                        f"{error.__cause__ or error}") from None
+        reason = error.__cause__ or error
+        raise DataError(f"{name}: cannot be read, is it cut off, or a Git LFS pointer? {reason}"
+                        ) from None
 
 
 class Raster:
     """A patch or scene of Sentinel-1 (`s1`) or Sentinel-2 (`s2`), read by what it says of itself.
-    bands: names of those that are read, in their order; None: the only one. offset: what S2 holds
-    beside reflectance x 10,000; None: judge() finds it. order: names of the bands of a file that
-    names none; None: those of a product of as many bands. Raises DataError."""
+
+    bands: names of those to read, in their order; None: the only one. offset: of S2, beside
+    reflectance x 10,000; None: judge() finds it. order: of the bands of a file that names none;
+    None: that of a product of as many. Raises DataError.
+    """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
         self.name, self.sensor, self.bands = Path(path).name, sensor, bands
         self.offset, self.judged = offset, False
-        with reading(path):
+        with reading(self.name):
             self.tif = rasterio.open(path)
         if not bands and self.tif.count > 1:
             raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
@@ -123,13 +129,11 @@ class Raster:
 
     def find_bands(self, products):
         """-> their numbers, from 1 on: by name or, where no band has a name, by position in a
-        product of as many bands. The names of a VRT's bands may be those of its files."""
-        texts = list(self.tif.descriptions)
-        if self.tif.driver == "VRT" and not any(map(band_name, texts)):
-            sources = [str(self.tif.tags(number, ns="vrt_sources")) for number in self.tif.indexes]
-            files = ["".join(re.findall("([^/>]*)</SourceFilename", source)) for source in sources]
-            texts = [file if BAND.search(file.upper()) else None for file in files]
+        product of as many bands."""
+        texts = self.tif.descriptions
         names = [band_name(text) for text in texts]
+        if not any(names) and self.tif.driver == "VRT":
+            names = [band_of_file(self.tif, number) for number in self.tif.indexes]
         for product in products:
             if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
                 names = [band_name(band) for band in product]
@@ -142,16 +146,12 @@ class Raster:
     def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. Not there is what the
         nodata value or a mask says of any band, what is not finite in any, and what is 0 in all."""
-        tif = self.tif  # where 0 is no data, a band of S2 may be dark: it is not if all bands are 0
-        dark = self.sensor == "s2" and tif.nodata == 0
-        masked = not dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
-        with reading(tif.name):
-            image = tif.read(self.numbers, window=window, masked=masked)
-        image, masked = np.ma.getdata(image), np.ma.getmaskarray(image)
-        there = image.any(0) & ~masked.any(0)  # the edge of many products is 0, often untagged
-        if image.dtype.kind == "f":
-            there &= np.isfinite(image).all(0)
-        return image, there
+        with reading(self.name):
+            image = self.tif.read(self.numbers, window=window)
+            masks = self.tif.read_masks(self.numbers, window=window) > 0
+        dark = self.sensor == "s2" and self.tif.nodata == 0  # some bands may be 0, not all
+        there = masks.any(0) if dark else masks.all(0)
+        return image, there & image.any(0) & np.isfinite(image).all(0)
 
     def judge(self, image, there):
         """DataError for what is not in its unit; else find the offset of S2, 1,000 where cirrus or
@@ -159,21 +159,21 @@ class Raster:
         if not there.any():
             return
         seen = image.reshape(len(image), -1) if there.all() else image[:, there]
-        low, high, unit = seen.min(), seen.max(), "reflectance x 10,000"
-        tags, cirrus = (self.tif.scales[0], self.tif.offsets[0]), 0
-        plausible = 0 <= low and 2 < high <= 65_535 and tags[1] in (0, -0.1 * (tags[0] == 1e-4))
+        low, high = seen.min(), seen.max()
+        scale, added = self.tif.scales[0], self.tif.offsets[0]
+        tagged = scale == 1e-4 and added == -0.1  # value * scale + added is the reflectance
         if self.sensor == "s1":
             unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
+        else:
+            unit = "reflectance x 10,000"
+            plausible = 0 <= low and 2 < high <= 65_535 and (tagged or not added)
         if not plausible or seen.dtype == np.uint8 or seen.dtype.kind == "c":
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
-        if "B10" in self.bands:
-            cirrus = seen[self.bands.index("B10")].min()
-        if self.sensor == "s1":
-            self.offset = 0
-        elif self.offset is None:
-            self.offset = 1000 if cirrus >= 1000 or tags[1] else 0
         self.judged = True
+        if self.sensor == "s2" and self.offset is None:
+            cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else 0
+            self.offset = 1000 if tagged or np.min(cirrus) >= 1000 else 0
 
     def values(self, window=None):
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
@@ -185,36 +185,36 @@ class Raster:
             self.judge(*(np.concatenate(parts, -2) for parts in zip(*lines)))
         if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)
-        image = image.astype(np.float32) - (self.offset or 0)
+        image = image.astype(np.float32)
+        if self.sensor == "s2" and self.offset:
+            image -= self.offset
         image[:, ~there] = np.nan
         return image
 
 
 def refuse_other_grid(one, other):
-    """DataError where two open rasters say that they do not lie on one grid: what differs, and how
-    to warp the first. One that says nothing is believed to lie where the other does."""
-    grids = [np.reshape(tif.transform, (3, 3)) for tif in (one, other)]
-    if one.transform.is_identity or other.transform.is_identity:
-        grids = [np.eye(3)] * 2  # of their sizes alone
-    corners = [grid @ [[0, tif.width, 0], [0, 0, tif.height], [1, 1, 1]]
-               for grid, tif in zip(grids, (one, other))]
-    apart = np.abs(np.linalg.pinv(grids[1]) @ (corners[0] - corners[1])).max()  # px of the other
+    """DataError where two open rasters say that they do not lie on one grid, and how to warp the
+    first. One that says nothing is believed to lie where the other does."""
+    apart, differ = 0, ""
+    if not (one.transform.is_identity or other.transform.is_identity):
+        corners = [[0, one.width, 0], [0, 0, one.height], [1, 1, 1]]
+        moved = np.reshape(np.subtract(one.transform, other.transform), (3, 3)) @ corners
+        apart = np.abs(moved).max() / math.sqrt(abs(other.transform.determinant) or 1)  # px
     if one.crs and other.crs and one.crs != other.crs:
         differ = f"{one.crs} and {other.crs}"
-    elif apart > 1e-3:
-        differ = (f"{one.width} x {one.height} and {other.width} x {other.height} px, up to "
-                  f"{apart:.4g} px apart")
-    else:
-        return
-    raise DataError(f"{Path(one.name).name}, {Path(other.name).name}: not on one grid: {differ}: "
-                    f"rio warp {one.name} WARPED.tif --like {other.name} --resampling bilinear")
+    elif one.shape != other.shape or apart > 1e-3:
+        differ = f"{one.shape} and {other.shape} px, up to {apart:.4g} px apart"
+    if differ:
+        raise DataError(f"{Path(one.name).name}, {Path(other.name).name}: not on one grid: {differ}"
+                        f": rio warp {one.name} WARPED.tif --like {other.name} --resampling "
+                        "bilinear")
 
 
 def place_of(name):
     """Path of a file in a tree -> id, split and scene of its patch, and the sensor `s1`, `s2` or
     `classes`; None where it is of neither layout."""
-    if match := ROI.fullmatch("/" + name):
-        season, split, sensor, scene, number, _ = match.groups()
+    if match := ROI.fullmatch(name):
+        season, split, sensor, scene, number = match.groups()
         scene = f"{season}_{scene}"
         return f"{scene}_{number}", split.lower(), scene, sensor.lower().replace("dfc", "classes")
     if match := PLAIN.fullmatch(name):
@@ -265,8 +265,8 @@ def read_legend(tree):
         named = legend["s1"] + (legend["s2"] or S2_BANDS)
         named += [int(code) for code, _ in legend["classes"]]
         legend["classes"] = dict(legend["classes"])
-        count = len(set(legend["classes"].values()))
-        if len(legend) > 3 or len(set(named)) < len(named) or not 2 <= count < IGNORE:
+        count = len({*legend["classes"].values()})
+        if len(legend) > 3 or len({*named}) < len(named) or not 2 <= count < IGNORE:
             raise ValueError("another key, a band or code twice, or not 2 to 254 classes")
     except (ValueError, TypeError) as error:
         raise DataError(f'{path}: {error}. It may hold "s1" and "s2", lists of band names, and '
@@ -282,21 +282,33 @@ def make_plan(tree, pairs, s2_offset):
     for path in paths[::math.ceil(len(paths) / 100)]:
         for bands in products:
             with contextlib.suppress(DataError):
-                kinds[Raster(path, "s2", bands, order=legend["s2"]).tif.shape, tuple(bands)] += 1
+                kinds[Raster(path, "s2", bands, order=bands).tif.shape, tuple(bands)] += 1
                 break
     if not kinds:
-        Raster(paths[0], "s2", products[0], order=legend["s2"])  # says what is wrong
+        Raster(paths[0], "s2", products[0], order=products[0])  # says what is wrong
     (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files
     near = (root, *root.parents, *root.glob("*/"))
-    plan = {"format": STORE_FORMAT, "bands": {"s1": legend["s1"], "s2": list(bands)},
-            "order": {"s1": legend["s1"], "s2": legend["s2"]},  # in files without names
-            "size": list(size), "classes": list(dict.fromkeys(legend["classes"].values())),
-            "codes": legend["classes"], "labelled": any("classes" in pair for pair in pairs),
+    return {"format": STORE_FORMAT,
+            "bands": {"s1": legend["s1"], "s2": list(bands)},
+            "size": list(size),
             "s2_offset": s2_offset,
-            "simulated": any((folder / "SIMULATED").exists() for folder in near)}  # simulate.py's
-    for key in ("id", "split", "scene"):
-        plan[f"{key}s"] = [pair[key] for pair in pairs]
-    return plan
+            "codes": legend["classes"],
+            "classes": list(dict.fromkeys(legend["classes"].values())),
+            "labelled": any("classes" in pair for pair in pairs),
+            "simulated": any((folder / "SIMULATED").exists() for folder in near),  # simulate.py's
+            "ids": [pair["id"] for pair in pairs],
+            "splits": [pair["split"] for pair in pairs],
+            "scenes": [pair["scene"] for pair in pairs]}
+
+
+def classes_from_codes(codes, legend=DFC_CODES):
+    """Label codes of any shape and integer type -> uint8 classes, numbered in the order of the
+    names in the legend, {code: name}; 255 for a code that it lacks."""
+    names = list(dict.fromkeys(legend.values()))
+    classes = np.full(np.shape(codes), IGNORE, np.uint8)
+    for code, name in legend.items():
+        classes[np.equal(codes, int(code))] = names.index(name)
+    return classes
 
 
 def read_patch(pair, plan):
@@ -308,8 +320,8 @@ def read_patch(pair, plan):
     rasters, images, codes = {}, {}, np.full(plan["size"], -1)  # -1: no label
     for sensor in [sensor for sensor in ("s2", "s1", "classes") if sensor in pair]:
         bands = plan["bands"].get(sensor)
-        raster = rasters[sensor] = Raster(pair[sensor], sensor, bands, plan["s2_offset"],
-                                          plan["order"].get(sensor))
+        raster = Raster(pair[sensor], sensor, bands, plan["s2_offset"], order=bands)
+        rasters[sensor] = raster
         if list(raster.tif.shape) != plan["size"]:
             raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
         refuse_other_grid(raster.tif, rasters["s2"].tif)
@@ -329,81 +341,64 @@ def read_patch(pair, plan):
 
 def layout(plan):
     """-> {file name: (data type, shape)} of a store's arrays."""
-    count, size, s1, s2 = len(plan["ids"]), plan["size"], *map(len, plan["bands"].values())
+    count, size = len(plan["ids"]), plan["size"]
+    s1, s2 = len(plan["bands"]["s1"]), len(plan["bands"]["s2"])
     record = [("state", "u1"),  # 1: the row is whole; 0: not yet, or bad
               ("offset", "<u2"),  # subtracted from S2
-              ("pixels", "<u4", len(plan["classes"]) + 1),  # per class, the last for 255
-              *((key, "<f8", s1 + s2) for key in STATISTICS)]  # per band, S1's first
+              ("pixels", "<u4", len(plan["classes"]) + 1)]  # per class, the last for 255
+    record += [(name, "<f8", s1 + s2) for name in STATISTICS]  # per band, S1's first
     arrays = {"s1.npy": ("<i2", (count, s1, *size)), "s2.npy": ("<u2", (count, s2, *size))}
     if plan["labelled"]:
         arrays["classes.npy"] = "u1", (count, *size)
     return arrays | {"patches.npy": (record, (count,))}
 
 
-def statistics(image, unit):
-    """(c, h, w) integers of a store -> STATISTICS of each band, in the unit."""
-    there, rows = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
-    for band in image:
-        band = band.ravel() if there.all() else band[there]
-        floats = band.astype(float)  # of one band: the processor's cache holds it
-        squares = int(np.einsum("i,i", floats, floats))  # BLAS would wait for its own threads
-        count, total = len(band), int(floats.sum())
-        variance = (count * squares - total**2) / count**2  # of integers: nothing is rounded
-        values = total / count / unit, variance / unit**2, band.min() / unit, band.max() / unit
-        rows.append((count, *values))
-    return rows
-
-
-def fill(store, pairs, plan, threads, max_bad):
-    """Read, judge and write the pairs whose rows are not whole, and index.json at last."""
+def open_arrays(store, plan):
+    """-> read-only maps of a store's arrays, the records last; DataError where one is not whole."""
     try:
-        *images, records = arrays = [np.load(store / name, mmap_mode="r") for name in layout(plan)]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{store}: cut off ({error}): remove it and pack again") from None
-    # On the disk when it is written, so that a power cut leaves no state without its row.
-    files = [os.open(array.filename, os.O_WRONLY | os.O_DSYNC) for array in arrays]
-    numbers, left_out = [*range(len(plan["classes"])), IGNORE], {}
+        return [np.load(Path(store, name), mmap_mode="r") for name in layout(plan)]
+    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+        raise DataError(f"{store}: not a whole store ({error}): remove it and pack again") from None
 
-    def write(file, array, row, values):
-        with contextlib.suppress(OSError):
-            start = array.offset + row * values.nbytes
-            if os.pwrite(file, values.tobytes(), start) == values.nbytes:
-                return
-        raise DataError(f"{store}: cannot be written, the disk is full: make room and start again")
 
-    def pack_row(row):
-        try:
-            s1, s2, classes, offset = read_patch(pairs[row], plan)
-        except DataError as reason:
-            return row, str(reason)
-        for file, array, image in zip(files, images, (s1, s2, classes)):
-            write(file, array, row, image)
-        pixels = np.bincount(classes.ravel(), minlength=256)[numbers]
-        bands = np.transpose(statistics(s1, 100) + statistics(s2, 1))
-        for state in (0, 1):  # the second time, only the state is another
-            record = np.array((state, offset, pixels, *bands), records.dtype)
-            write(files[-1], records, row, record)
-        return row, None
+def statistics(image, unit):
+    """(c, h, w) integers of a store -> STATISTICS in the unit, (5, c) float64."""
+    there = image[0] != MISSING if image.dtype == np.int16 else image.any(0)
+    seen = image.reshape(len(image), -1) if there.all() else image[:, there]
+    seen = seen / unit
+    count = np.full(len(seen), seen.shape[1])
+    return np.stack([count, seen.mean(1), seen.var(1), seen.min(1), seen.max(1)])
 
-    rows = np.flatnonzero(records["state"] == 0)
-    with contextlib.ExitStack() as stack:
-        for file in files:
-            stack.callback(os.close, file)
-        results = stack.enter_context(contextlib.closing(ahead(pack_row, rows, threads)))
-        for row, reason in tqdm(results, "packing", len(rows), unit="patch"):
-            if reason:
-                left_out[pairs[row]["id"]] = reason
-            if len(left_out) > min(max_bad * len(pairs), len(pairs) - 1):
-                raise DataError(f"{store}: {len(left_out)} of {len(pairs)} patches cannot be used, "
-                                f"--max-bad allows {max_bad:.1%}: {[*left_out.items()][:5]}. Mend "
-                                "them and start again, or allow more")
-    content = json.dumps(plan).encode() + records.tobytes()
-    index = {**plan, "left_out": left_out, "identity": hashlib.sha256(content).hexdigest()[:12]}
-    with open(store / "index.part", "w") as part:
-        part.write(json.dumps(index))
-        part.flush()
-        os.fsync(part.fileno())
-    os.replace(part.name, store / "index.json")
+
+def write_row(array, row, values):
+    """Put a row into the file of an array, on the disk at the end of it: a power cut leaves no
+    state without its row."""
+    start = array.offset + row * values.nbytes
+    with contextlib.suppress(OSError), open(array.filename, "r+b", buffering=0) as file:
+        written = os.pwrite(file.fileno(), values.tobytes(), start)
+        os.fdatasync(file.fileno())
+        if written == values.nbytes:
+            return
+    raise DataError(f"{array.filename}: cannot be written, the disk is full: make room and start "
+                    "again")
+
+
+def pack_row(pair, plan, store, arrays, row):
+    """Read, judge and write one patch, its state last -> "", or why it is bad."""
+    try:
+        s1, s2, classes, offset = read_patch(pair, plan)
+    except DataError as reason:
+        return str(reason)
+    (store / "index.json").unlink(missing_ok=True)  # of a store that did not have this patch
+    *images, records = arrays
+    for array, image in zip(images, (s1, s2, classes)):
+        write_row(array, row, image)
+    pixels = np.bincount(classes.ravel(), minlength=256)
+    pixels = pixels[[*range(len(plan["classes"])), IGNORE]]
+    bands = np.concatenate((statistics(s1, 100), statistics(s2, 1)), 1)
+    for state in (0, 1):  # the second time, only the state is another
+        write_row(records, row, np.array((state, offset, pixels, *bands), records.dtype))
+    return ""
 
 
 def ahead(function, items, threads=None, depth=2):
@@ -423,39 +418,54 @@ def ahead(function, items, threads=None, depth=2):
         pool.shutdown(cancel_futures=True)
 
 
+def fill(store, pairs, plan, threads, max_bad):
+    """Pack the pairs whose rows are not whole, and write index.json at last."""
+    arrays, left_out = open_arrays(store, plan), {}
+    rows = np.flatnonzero(arrays[-1]["state"] == 0).tolist()
+    if len(rows) < len(pairs):
+        print(f"{store}: {len(pairs) - len(rows)} of {len(pairs)} patches were packed before; "
+              "remove it to pack files that have changed since")
+    work = ahead(lambda row: pack_row(pairs[row], plan, store, arrays, row), rows, threads)
+    with contextlib.closing(work):  # no thread writes after an error
+        for row, reason in zip(rows, tqdm(work, "packing", len(rows), unit="patch")):
+            if reason:
+                left_out[pairs[row]["id"]] = reason
+            if len(left_out) > min(max_bad * len(pairs), len(pairs) - 1):
+                raise DataError(f"{store}: {len(left_out)} of {len(pairs)} patches cannot be used, "
+                                f"--max-bad allows {max_bad:.1%}: {[*left_out.items()][:5]}. Mend "
+                                "them and start again, or allow more")
+    content = json.dumps(plan).encode() + arrays[-1].tobytes()
+    index = {**plan, "left_out": left_out, "identity": hashlib.sha256(content).hexdigest()[:12]}
+    with open(store / "index.part", "w") as part:
+        part.write(json.dumps(index))
+        part.flush()
+        os.fsync(part.fileno())
+    os.replace(part.name, store / "index.json")
+
+
 def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     """Write the good patches of a tree to a store -> its Patches. Killed and started again, it goes
     on from what is done and ends in the same bytes. s2_offset: what to subtract from S2; None:
     1,000 where B10 shows it. Raises DataError, and OSError where the disk does not allow it."""
     store, pairs = Path(store), find_pairs(tree)
     plan = make_plan(tree, pairs, s2_offset)
-    packing, index, text = store / "packing.json", store / "index.json", json.dumps(plan) + "\n"
     other = DataError(f"{store}: holds other files, or was packed from another tree or with other "
                       "options: choose another folder, or remove it")
     store.mkdir(parents=True, exist_ok=True)
-    if index.exists():
-        print(f"{store}: finished before; remove it to pack files that have changed since")
-    elif any(store.iterdir()) and not packing.exists():
+    packing, text = store / "packing.json", json.dumps(plan) + "\n"
+    if any(store.iterdir()) and not packing.exists():
         raise other
-    if packing.exists() or not index.exists():
-        with open(packing, "a+") as file:  # a lock, and the plan, a line, once the arrays are there
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed
-            except BlockingIOError:
-                raise DataError(f"{store}: another packing writes it: wait for it") from None
-            if not (packing.read_text().endswith("\n") or index.exists()):
-                for name, (dtype, shape) in layout(plan).items():
-                    np.lib.format.open_memmap(store / name, "w+", dtype, shape)  # takes no room yet
-                packing.write_text(text)
-            if not index.exists():
-                if packing.read_text() != text:
-                    raise other
-                fill(store, pairs, plan, threads, max_bad)
-            packing.unlink()
-    patches = Patches(store)
-    if not plan.items() <= patches.index.items():
-        raise other
-    return patches
+    with open(packing, "a+") as file:  # a lock, and the plan, a line, once the arrays are there
+        lock(file, store)
+        begun = packing.read_text()
+        if not begun.endswith("\n"):
+            for name, (dtype, shape) in layout(plan).items():
+                np.lib.format.open_memmap(store / name, "w+", dtype, shape)  # takes no room yet
+            packing.write_text(text)
+        elif begun != text:
+            raise other
+        fill(store, pairs, plan, threads, max_bad)
+    return Patches(store)
 
 
 class Patches:
@@ -464,25 +474,25 @@ class Patches:
     ids, scenes: lists of str. splits: (N,) a season, `train`, `validation`, `test` or "". rows: of
     the good patches. labels: (N,) most frequent class of the patch, 255 for none; None without
     class maps. size: [H, W]. bands: {"s1": names, "s2": names} as selected. classes: names.
-    identity: 12 hexadecimal digits, others for other patches, pixels or options of packing.
+    left_out: {id: reason}. identity: 12 hexadecimal digits, others for other patches, pixels or
+    options of packing.
     """
 
     def __init__(self, path, bands=None):
         """bands: only these, by name and in this order. Raises DataError."""
         try:
-            self.index = index = json.loads(Path(path, "index.json").read_text())
+            index = json.loads(Path(path, "index.json").read_text())
             if index["format"] != STORE_FORMAT:
-                raise DataError(f"{path}: of format {index['format']}, this version has "
-                                f"{STORE_FORMAT}: pack its tree anew")
-            maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(index)]
-        except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+                raise ValueError(f"format {index['format']}, this version has {STORE_FORMAT}")
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"{path}: not a whole store ({error}): of a folder of GeoTIFFs `python "
                             f"data.py pack {path} STORE` makes one, and finishes what broke off; "
                             "README says where SEN12MS is, and how to simulate data") from None
+        maps = open_arrays(path, index)
         self.path, self.identity, self.simulated = str(path), index["identity"], index["simulated"]
         self.ids, self.scenes, self.left_out = index["ids"], index["scenes"], index["left_out"]
         self.splits, self.size = np.array(index["splits"]), index["size"]
-        self.classes, self.labelled = index["classes"], index["labelled"]
+        self.classes, self.stored = index["classes"], index["bands"]
         *images, self.records = map(np.asarray, maps)  # a memmap is slow
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
         self.files = [open(array.filename, "rb") for array in maps]  # noqa: SIM115
@@ -490,16 +500,16 @@ class Patches:
         self.rows = np.flatnonzero(self.records["state"])
         label = self.records["pixels"].argmax(1)
         label[(label == len(self.classes)) | (self.records["state"] == 0)] = IGNORE
-        self.labels = label if self.labelled else None
-        self.bands, self.picks = {}, []
-        for sensor, stored in index["bands"].items():
+        self.labels = label if index["labelled"] else None
+        self.bands, self.picks = {}, []  # picks: their numbers in each array
+        for sensor, stored in self.stored.items():
             self.bands[sensor] = [band for band in bands or stored if band in stored]
             self.picks.append([stored.index(band) for band in self.bands[sensor]])
         self.picks.append([0])  # of the class maps
         known = self.bands["s1"] + self.bands["s2"]
-        if unknown := [band for band in bands or () if band not in known]:
+        if unknown := set(bands or ()) - set(known):
             raise DataError(f"{path}: no band {' '.join(unknown)}, see --bands; it has "
-                            f"{index['bands']}")
+                            f"{self.stored}")
 
     def rows_of(self, *splits):
         """Good rows of these splits."""
@@ -511,11 +521,10 @@ class Patches:
         count, mean, variance = (self.records[key][rows] for key in STATISTICS[:3])
         average = np.average(mean, 0, count)
         std = np.sqrt(np.average(variance + (mean - average) ** 2, 0, count))
-        at, stats = 0, {}
-        for sensor, picks in zip(self.bands, self.picks):
-            of_bands = np.array(picks, int) + at
-            stats[sensor] = {"mean": average[of_bands].tolist(), "std": std[of_bands].tolist()}
-            at = len(self.index["bands"]["s1"])  # S2 follows in a record
+        recorded, stats = self.stored["s1"] + self.stored["s2"], {}
+        for sensor, bands in self.bands.items():
+            at = [recorded.index(band) for band in bands]
+            stats[sensor] = {"mean": average[at].tolist(), "std": std[at].tolist()}
         return stats
 
 
@@ -614,25 +623,27 @@ def check(patches):
         print(f"{split or 'patches'}: {count:,}")
     if {*splits} >= {*TRAINED_ON}:
         print("classifiers learn from train and validation; move away what they should not see")
-    labels = Counter(patches.labels[patches.rows].tolist() if patches.labelled else ())
-    names = [*patches.classes, *["no label"] * IGNORE]
-    for number, count in sorted(labels.items()):
-        print(f"{count:>8,} {names[number]}")
+    labels = [] if patches.labels is None else patches.labels[patches.rows].tolist()
+    for number, count in sorted(Counter(labels).items()):
+        name = "no label" if number == IGNORE else patches.classes[number]
+        print(f"{count:>8,} {name}")
+
     print("band      lowest   highest      mean   missing   (S1 in dB, S2 reflectance x 10,000)")
+    bands, s1_count = patches.bands["s1"] + patches.bands["s2"], len(patches.bands["s1"])
     lowest, highest = records["lowest"].min(0), records["highest"].max(0)
-    missing = 1 - records["count"] / math.prod(patches.size)
     means = [mean for sensor in patches.stats(patches.rows).values() for mean in sensor["mean"]]
-    bands = patches.bands["s1"] + patches.bands["s2"]
+    missing = 1 - records["count"] / math.prod(patches.size)
     for band in zip(bands, lowest, highest, means, missing.mean(0)):
         print("{:<6}{:>10.2f}{:>10.2f}{:>10.2f}{:>10.2%}".format(*band))
     print(f"patches with missing pixels: {np.count_nonzero(missing.any(1)):,}")
-    if highest[len(patches.bands["s1"]):].max() <= 255:
+    if highest[s1_count:].max() <= 255:
         print("S2 is never above 255: is it reflectance x 10,000?")
     if {"VV", "VH"} <= {*bands} and means[bands.index("VH")] > means[bands.index("VV")]:
         print("are VV and VH swapped? VH is the brighter: name the bands in the files")
     asked = "" if "B10" in bands else " (without B10 it cannot be told: see --s2-offset)"
     offsets = np.count_nonzero(records["offset"])
     print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}{asked}")
+
     first, twins = {}, []
     for row, mean in zip(patches.rows, records["mean"]):
         other = first.setdefault(mean.tobytes(), row)

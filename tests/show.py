@@ -33,7 +33,7 @@ def draw_pairs(patches):
     above, below = figure.subplots(2, subplot_kw={"xticks": [], "yticks": []})
     above.imshow(picture)
     below.imshow(s1[0], cmap="gray", vmin=-2500, vmax=0)
-    if patches.labelled:
+    if patches.labels is not None:
         names = [*patches.classes, *["no label"] * data.IGNORE]
         middles = (np.arange(len(rows)) + 0.5) * patches.size[1]
         above.set_xticks(middles, [names[label] for label in patches.labels[rows]])

@@ -287,7 +287,7 @@ def test_layouts(layout, tmp_path, rng):
     assert patches.ids == list(written) and set(patches.splits) == {split} and not patches.simulated
     assert Counter(patches.scenes) == Counter(
         scene.format(scene=1 + k % 3, patch=9 + k // 3) for k in range(7))
-    assert list(patches.size) == [16, 16] and patches.labelled == labelled
+    assert list(patches.size) == [16, 16] and (patches.labels is not None) == labelled
     assert patches.bands == {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
     assert patches.classes == data.CLASSES and len(patches.arrays) == 2 + labelled
     for row, files in enumerate(written.values()):
@@ -321,9 +321,9 @@ def test_bad_files_by_name(seed, tmp_path):
     written = write_tree(tmp_path / "t", rng, 60)
     expected = spoil(written, rng)
     patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.5)
-    assert patches.index["left_out"].keys() == expected.keys()
+    assert patches.left_out.keys() == expected.keys()
     for patch, (name, words) in expected.items():
-        reason = patches.index["left_out"][patch]
+        reason = patches.left_out[patch]
         assert reason.startswith(name) and data.re.search(words, reason) and "\n" not in reason
     good = [patches.ids[row] for row in patches.rows]
     assert good == [patch for patch in written if patch not in expected]
@@ -368,7 +368,7 @@ def test_lc_files_are_no_labels(tmp_path, rng):
         files["dfc"].rename(files["dfc"].with_name(files["dfc"].name.replace("dfc", "lc")))
     patches = data.pack(tmp_path / "t", tmp_path / "store")
     assert patches.labels[:2].tolist() == [255, 255] and (patches.arrays[2][:2] == 255).all()
-    assert patches.ids == list(written) and not patches.index["left_out"]
+    assert patches.ids == list(written) and not patches.left_out
     assert (patches.arrays[2][2:] < 255).any((1, 2, 3)).all()
 
 
@@ -377,7 +377,7 @@ def test_labels_of_one_split_do_not_bind_another(tmp_path, rng):
     write_tree(tmp_path / "t", rng, 6, layout="release")  # its lc files are no labels
     patches = data.pack(tmp_path / "t", tmp_path / "store")
     spring = patches.rows_of("spring")
-    assert len(patches.rows) == 12 and len(spring) == 6 and not patches.index["left_out"]
+    assert len(patches.rows) == 12 and len(spring) == 6 and not patches.left_out
     assert (patches.labels[spring] == 255).all() and (patches.arrays[2][spring] == 255).all()
     assert (patches.arrays[2][patches.rows_of("test")] < 8).any()
 
@@ -978,9 +978,9 @@ def test_a_link_to_a_folder_above(tmp_path, rng):
 def test_finished_before_is_said(tmp_path, rng, monkeypatch, capsys):
     write_tree(tmp_path / "t", rng, 3, layout="plain")
     call(monkeypatch, data, "pack", tmp_path / "t", tmp_path / "store")
-    assert "finished before" not in capsys.readouterr().out
+    assert "packed before" not in capsys.readouterr().out
     call(monkeypatch, data, "pack", tmp_path / "t", tmp_path / "store")
-    assert data.re.search("store: finished before; remove it", capsys.readouterr().out)
+    assert data.re.search("store: 3 of 3 patches were packed before; remove it", capsys.readouterr().out)
 
 
 # ------------------------------------------------------------------------------ own bands and classes

@@ -1,6 +1,5 @@
 """data.py pack: what kills, full disks and wrong files do to a store, and what a store says of itself."""
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -138,7 +137,7 @@ def few(tmp_path_factory):
 # ------------------------------------------------------------------------------ what a store holds
 
 def test_store(tree, packed):
-    assert sorted(packed) == ["classes.npy", "index.json", "patches.npy", "s1.npy", "s2.npy"]
+    assert sorted(packed) == ["classes.npy", "index.json", "packing.json", "patches.npy", "s1.npy", "s2.npy"]
     index, rows = json.loads(packed["index.json"]), 60
     arrays = {name: np.load(tree.parent / f"store/{name}.npy") for name in ("s1", "s2", "classes")}
     assert arrays["s1"].shape == (rows, 2, 16, 16) and arrays["s1"].dtype == np.int16
@@ -242,7 +241,7 @@ def test_random_trees(tmp_path, seed):
              if not (sensor == "dfc" and LAYOUTS[layout][1] == "lc" or own and "bands" in kind)]
     expected = spoil(written, rng, rng.permutation(kinds)[:5])
     patches = data.pack(tmp_path / "tree", tmp_path / "store", int(rng.integers(1, 4)), max_bad=0.5)
-    assert patches.index["left_out"].keys() == expected.keys() and list(patches.size) == list(size)
+    assert patches.left_out.keys() == expected.keys() and list(patches.size) == list(size)
     good = [patch for patch in written if patch not in expected]
     assert [patches.ids[row] for row in patches.rows] == good
     for row, patch in zip(patches.rows, good):
@@ -251,8 +250,8 @@ def test_random_trees(tmp_path, seed):
     side = int(rng.integers(1, min(size) + 1))
     for batches in (data.random_crops(patches.rows, size, side, 7, seed, 0),
                     data.grid_crops(patches.rows[:4], size, side, 7)):
-        same(list(data.loader(patches, batches, side, classes=patches.labelled)),
-             list(by_hand(patches, batches, side, patches.labelled)))
+        same(list(data.loader(patches, batches, side, classes=patches.labels is not None)),
+             list(by_hand(patches, batches, side, patches.labels is not None)))
 
 
 def test_marker_of_simulated_data(tmp_path):
@@ -281,7 +280,7 @@ def test_killed_at_any_moment(tree, packed, tmp_path, moment):
     assert contents(store) == packed
 
 
-CRUCIAL = ((os, "fsync"), (os, "unlink"), (os, "open"), (os, "pwrite"), (os, "mkdir"), (os, "rename"), (os, "replace"),
+CRUCIAL = ((os, "fsync"), (os, "unlink"), (os, "open"), (os, "pwrite"), (os, "fdatasync"), (os, "mkdir"), (os, "rename"), (os, "replace"),
            (Path, "write_text"), (np.lib.format, "open_memmap"), (data.fcntl, "flock"), (json, "dumps"))
 
 
@@ -327,14 +326,15 @@ def test_killed_while_the_plan_is_written(few, tmp_path):
 
 
 def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp_path, monkeypatch):
-    """Written is synced at once, in this order: the pixels, their record, its state; at last the
-    index, whole before it has its name."""
-    store, states, order = tmp_path / "store", [], []
+    """Written is synced before what follows, in this order: the pixels, their record, its state; at
+    last the index, whole before it has its name."""
+    store, states, order, unsynced = tmp_path / "store", [], [], set()
     whole = {name: np.load(few.store / f"{name}.npy") for name in ("s1", "s2", "classes", "patches")}
-    pwrite, fsync, replace = os.pwrite, os.fsync, os.replace
+    pwrite, datasync, fsync, replace = os.pwrite, os.fdatasync, os.fsync, os.replace
 
     def written(file, content, start):
-        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DSYNC
+        assert not unsynced
+        unsynced.add(Path(os.readlink(f"/proc/self/fd/{file}")))
         count = pwrite(file, content, start)
         now = {name: np.load(store / f"{name}.npy") for name in whole}
         done = np.flatnonzero(now["patches"]["state"])
@@ -343,6 +343,10 @@ def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp
         states.append(len(done))
         order.append(Path(os.readlink(f"/proc/self/fd/{file}")).stem)
         return count
+
+    def synced_data(file):
+        unsynced.remove(Path(os.readlink(f"/proc/self/fd/{file}")))
+        datasync(file)
 
     def synced(file):
         order.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
@@ -353,7 +357,7 @@ def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp
         order.append(target.name)
         return replace(source, target)
 
-    for name, function in (("pwrite", written), ("fsync", synced), ("replace", renamed)):
+    for name, function in (("pwrite", written), ("fdatasync", synced_data), ("fsync", synced), ("replace", renamed)):
         monkeypatch.setattr(os, name, function)
     data.pack(few.tree, store, 1, max_bad=0.5)
     row = ["s1", "s2", "classes", "patches", "patches"]
@@ -375,7 +379,7 @@ def test_two_packings_into_one_store(tree, packed, tmp_path):
     pid = fork(held, tree, tmp_path / "store")
     wait_for(tmp_path / "reading")
     for _ in range(2):
-        with pytest.raises(data.DataError, match="another packing writes it"):
+        with pytest.raises(data.DataError, match="another run writes there"):
             data.pack(tree, tmp_path / "store", max_bad=0.5)
     (tmp_path / "go on").touch()
     assert wait(pid) == 0 and contents(tmp_path / "store") == packed
@@ -432,7 +436,7 @@ def test_full_disk_is_one_line_and_the_same_command_goes_on(tree, packed, disk, 
     assert sorted(judged) == sorted(np.array(ids)[~done])  # what was done is not done again
     remount("ro")
     assert contents(folder / "store") == packed
-    patches = data.pack(tree, folder / "store", max_bad=0.5)  # nothing to do
+    patches = data.Patches(folder / "store")
     batches = data.grid_crops(patches.rows[:5], patches.size, 16, 5, middle=True)
     same(list(data.loader(patches, batches, 16)), list(by_hand(patches, batches, 16)))
     with pytest.raises(OSError, match="Read-only file system"):
