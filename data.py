@@ -203,7 +203,8 @@ def refuse_other_grid(one, other):
     if one.crs and other.crs and one.crs != other.crs:
         differ = f"{one.crs} and {other.crs}"
     elif one.shape != other.shape or apart > 1e-3:
-        differ = f"{one.shape} and {other.shape} px, up to {apart:.4g} px apart"
+        differ = (f"{one.width} x {one.height} and {other.width} x {other.height} px, up to "
+                  f"{apart:.4g} px apart")
     if differ:
         raise DataError(f"{Path(one.name).name}, {Path(other.name).name}: not on one grid: {differ}"
                         f": rio warp {one.name} WARPED.tif --like {other.name} --resampling "

@@ -30,6 +30,18 @@ CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotli
 torch.set_num_threads(1)  # a second one gains little on small crops, and other processes are at work
 
 
+def pytest_configure(config):
+    """PNGs and small test files lie nowhere, as rasterio warns."""
+    config.addinivalue_line("filterwarnings", "ignore::rasterio.errors.NotGeoreferencedWarning")
+
+
+@pytest.fixture
+def tmp_path():
+    """Removed after each test: a run writes some 10 GB of checkpoints, of which pytest keeps three runs."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
 @pytest.fixture(scope="session")
 def shared():
     """Folder of golden values and real pairs; tests that need it are skipped where it is missing."""
