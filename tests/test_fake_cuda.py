@@ -117,7 +117,7 @@ def test_pretraining(method, scale, recipe, world, micro):
     with GPU:
         model, network, optimizer = pretrain.make_model(args, bands, GPU, world)
     s1, s2, *_ = crops(bands)
-    inputs = pretrain.network_inputs(s1, s2, args, stats, step=1, rank=world - 1)
+    inputs = pretrain.network_inputs(s1, s2, args, stats, 1, slice(N * (world - 1), N * world))
     cast, loss_of = models.autocast("bf16", GPU), partial(model.loss, temperature=0.1)
     loss, a, b = pretrain.forward_backward(network, cast, loss_of, *inputs, micro, world - 1, world)
     optimizer.step()
