@@ -167,11 +167,8 @@ def joined_features(encoders, s1, s2):
     inputs = {"s1": s1, "s2": s2}
     if "s1+s2" in encoders:
         inputs["s1+s2"] = torch.cat((s1, s2), 1)
-    features = []
-    for name, encoder in encoders.items():
-        x = encoder(inputs[name])
-        features.append(x.mean((2, 3)) if x.dim() == 4 else x)
-    return torch.cat(features, 1)
+    outputs = [encoder(inputs[name]) for name, encoder in encoders.items()]
+    return torch.cat([x.mean((2, 3)) if x.dim() == 4 else x for x in outputs], 1)
 
 
 class Contrastive(nn.Module):
@@ -195,7 +192,7 @@ class Contrastive(nn.Module):
         return self.embed("s1", a), self.embed("s2", b)
 
     def embed(self, sensor, x):
-        """Network input -> what is compared."""
+        """Network input of a sensor -> its float32 embedding or map."""
         x = self.encoders[sensor](x)
         if self.heads:
             x = self.heads[sensor](x)
@@ -368,8 +365,8 @@ def load_checkpoint(path):
         weights = content
     if "backbone1.conv1.weight" in weights:
         content = released_resnets(weights)
-    elif "s1_model_weights" in weights:
-        encoders = {sensor: weights[f"{sensor}_model_weights"] for sensor in ("s1", "s2")}
+    elif weights.keys() >= {"s1_model_weights", "s2_model_weights"}:
+        encoders = {"s1": weights["s1_model_weights"], "s2": weights["s2_model_weights"]}
         content = {**RELEASED, "method": "mma", "encoders": encoders}
     elif content.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path}: begins with {next(iter(weights), 'nothing')}: neither a "

@@ -35,7 +35,7 @@ FREE = {"out", "threads", "device", "log_every", "eval_every"}  # to change in a
 SAVE_EVERY = 60  # s, at least: a checkpoint has 277 MB, and all processes wait for it
 AGREE_EVERY = 8  # steps, on a stop: it takes several processes a message
 LOOKED_UP = 1000  # held-out places, at most
-TOLD = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # by torchrun to each process
+TORCHRUN_SETS = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -81,7 +81,7 @@ def join_processes(args):
     """-> (rank, world, device) of this process among those of torchrun, or of the only one."""
     rank, world = 0, int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
-        if not TOLD <= os.environ.keys():
+        if not TORCHRUN_SETS <= os.environ.keys():
             raise data.DataError(f"WORLD_SIZE={world}: start it with torchrun, or unset WORLD_SIZE")
         rank = int(os.environ["RANK"])
     device = torch.device(args.device)
@@ -96,8 +96,8 @@ def join_processes(args):
 
 
 def meeting(rank):
-    """torchrun's store, which it keeps over a restart with the addresses of the dead: a part of it
-    for each restart."""
+    """Where the processes tell each other their addresses: a part of torchrun's store for each
+    restart, over which it keeps those of the dead."""
     store, _, _ = next(dist.rendezvous("env://"))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # it differs between hosts: count anew
@@ -142,7 +142,7 @@ def open_patches(args):
 
 
 def facts_of(args, patches, rows, device, world):
-    """What a checkpoint says of the whole run. `args`: the settings that it goes on with alone."""
+    """What a checkpoint says of the whole run; it goes on with the same `args` alone."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings |= {
         "precision": models.resolve_precision(args.precision, device),
@@ -434,8 +434,9 @@ def train(args):
     batches = batches_from(start, rows, patches.size, args, mine)
     feed = data.loader(patches, batches, args.crop, device, args.threads)
     bar = tqdm(range(start + 1, total + 1), args.method, total, initial=start, disable=rank > 0)
-    step, stop, logged = start, 0, start
-    clock = saved = time.perf_counter()
+    step = logged = start
+    stop = 0
+    clock = saved = time.perf_counter()  # of the last logged step, of the last checkpoint
     for step, (s1, s2, *_) in zip(bar, feed):
         rate = learning_rate(step - 1, epoch_steps, args)
         for group in optimizer.param_groups:
@@ -459,7 +460,8 @@ def train(args):
                      "accuracy": accuracy, "pairs_per_s": speed}
             print(json.dumps(entry), file=log)
             bar.set_postfix(loss=f"{mean:.3f}", top1=f"{accuracy:.1%}")
-        if held_crops and (step % (args.eval_every * epoch_steps) == 0 or step == total):
+        evaluates = step % (args.eval_every * epoch_steps) == 0 or step == total
+        if held_crops and evaluates:
             retrieval = look_up(step)
         due = epoch_ends and time.perf_counter() - saved >= SAVE_EVERY
         if rank == 0 and (due or stop or step == total):
