@@ -32,7 +32,7 @@ CLASSES = ["Forest", "Shrubland", "Grassland", "Wetland", "Cropland", "Urban", "
 CHECKPOINT_FORMAT = 1
 IGNORE = 255  # class of a pixel that is none of the classes; label of a patch that has none
 MISSING = -32768  # in S1 as integers
-ALL = slice(None)
+ALL = slice(None)  # places of a batch: what one process alone has
 
 # From sigma nought in dB and reflectance x 10,000 to network input, see to_input().
 SCALING = {
@@ -53,7 +53,8 @@ METHODS = {
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used as asked. The text is one line: which, why, and the mend."""
+    """A checkpoint, or the run that writes it, cannot be used as asked. The text is one line: which,
+    why, and the mend."""
 
 
 def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):

@@ -78,21 +78,19 @@ def arguments():
 
 
 def join_processes(args):
-    """-> (rank, world, device) of this process among those of torchrun, or of the only one."""
+    """-> (rank, world) of this process among those of torchrun, or of the only one."""
     rank, world = 0, int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         if not TORCHRUN_SETS <= os.environ.keys():
             raise data.DataError(f"WORLD_SIZE={world}: start it with torchrun, or unset WORLD_SIZE")
         rank = int(os.environ["RANK"])
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    refuse_unfit(args, device, world)
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    refuse_unfit(args, world)
     if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
         dist.init_process_group(backend, store=meeting(rank), rank=rank, world_size=world)
-    return rank, world, device
+    return rank, world
 
 
 def meeting(rank):
@@ -105,7 +103,7 @@ def meeting(rank):
     return dist.PrefixStore(restart, store)
 
 
-def refuse_unfit(args, device, world):
+def refuse_unfit(args, world):
     """DataError for options that would spoil a run, or slow it down, without a word."""
     size, micro = args.batch_size, args.micro_batch
     if size == 1 or size % world:
@@ -115,7 +113,7 @@ def refuse_unfit(args, device, world):
     if micro and 1 in (micro, n % micro):
         raise data.DataError(f"--micro-batch {micro}: leaves batch norm a single pair of {n}: "
                              f"choose a divisor of {n} above 1")
-    if reason := models.spoilt_gradients(args.method, args.crop, args.precision, device):
+    if reason := models.spoilt_gradients(args.method, args.crop, args.precision, args.device):
         raise data.DataError(reason)
 
 
@@ -141,14 +139,14 @@ def open_patches(args):
     return patches
 
 
-def facts_of(args, patches, rows, device, world):
+def facts_of(args, patches, rows, world):
     """What a checkpoint says of the whole run; it goes on with the same `args` alone."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
     settings |= {
-        "precision": models.resolve_precision(args.precision, device),
+        "precision": models.resolve_precision(args.precision, args.device),
         "bands": patches.bands["s1"] + patches.bands["s2"],
         "data": patches.identity,  # wherever it lies
-        "processes": world if device.type == "cpu" else None}  # each has its own batch norm
+        "processes": world if args.device == "cpu" else None}  # each has its own batch norm
     source = {"path": args.data, "pairs": len(rows), "identity": patches.identity}
     return {"method": args.method, "arch": args.arch, "scale": args.scale, "bands": patches.bands,
             "classes": patches.classes, "simulated": patches.simulated, "data": source,
@@ -292,14 +290,14 @@ def learning_rate(step, epoch_steps, args):
 
 
 @torch.no_grad()
-def held_out_retrieval(model, patches, crops, args, stats, device, cast):
+def held_out_retrieval(model, patches, crops, args, stats, cast):
     """Retrieval among the places of these crops -> dict for the log and the checkpoint."""
     forth, back = "s1_to_s2", "s2_to_s1"
     if args.method == "simclr-rgb":  # one sensor: which is the right half to this left one?
         forth, back = "left_to_right", "right_to_left"
     embeddings = []
     model.eval()
-    for s1, s2, *_ in data.loader(patches, crops, args.crop, device, args.threads):
+    for s1, s2, *_ in data.loader(patches, crops, args.crop, args.device, args.threads):
         inputs = models.to_input(s1, s2, args.scale, stats)
         if args.method == "simclr-rgb":
             inputs = inputs[1].split(args.crop // 2, dim=3)[:2]
@@ -398,7 +396,7 @@ def mean_loss(loss, model, step, world):
 
 
 def train(args):
-    rank, world, device = join_processes(args)
+    rank, world = join_processes(args)
     patches = open_patches(args)
     rows, held = data.split_scenes(patches, args.holdout)
     epoch_steps = len(rows) // args.batch_size
@@ -409,7 +407,8 @@ def train(args):
     mine = slice(rank * n, (rank + 1) * n)  # what this process takes of each batch
     held = [] if rank else held[::len(held) // LOOKED_UP + 1]  # by the first process
     held_crops = data.grid_crops(held, patches.size, args.crop, 100, middle=True)
-    facts = facts_of(args, patches, rows, device, world)
+    facts = facts_of(args, patches, rows, world)
+    device = torch.device(args.device)
     model, network, optimizer = make_model(args, patches.bands, device, world)
     cast = models.autocast(args.precision, device)
     loss_of = partial(model.loss, temperature=args.temperature)
@@ -421,7 +420,7 @@ def train(args):
     refuse_other_folder(args.out, start, world)
 
     def look_up(step):
-        found = held_out_retrieval(model, patches, held_crops, args, facts["stats"], device, cast)
+        found = held_out_retrieval(model, patches, held_crops, args, facts["stats"], cast)
         entry = {"epoch": step // epoch_steps, "step": step, "retrieval": found}
         print(json.dumps(entry), file=log)
         return found
