@@ -53,8 +53,8 @@ METHODS = {
 
 
 class CheckpointError(Exception):
-    """A checkpoint, or the run that writes it, cannot be used as asked. The text is one line: which,
-    why, and the mend."""
+    """A checkpoint, or the run that writes it, cannot go on as asked. One line: which, why, and
+    the mend."""
 
 
 def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
