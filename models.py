@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -33,6 +32,7 @@ CLASSES = ["Forest", "Shrubland", "Grassland", "Wetland", "Cropland", "Urban", "
 CHECKPOINT_FORMAT = 1
 IGNORE = 255  # class of a pixel that is none of the classes; label of a patch that has none
 MISSING = -32768  # in S1 as integers
+ALL = slice(None)  # places of a batch: what one process alone has
 
 # From sigma nought in dB and reflectance x 10,000 to network input, see to_input().
 SCALING = {
@@ -53,7 +53,8 @@ METHODS = {
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used as asked. The text is one line: which, why, and the mend."""
+    """A checkpoint, or the run that writes it, cannot go on as asked. One line: which, why, and
+    the mend."""
 
 
 def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
@@ -67,17 +68,19 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
     -> two float32 tensors, finite for any input. ValueError for other bands or an unknown scale.
     """
     s1, s2 = (x if torch.is_tensor(x) else torch.tensor(x) for x in (s1, s2))  # arrays: copied
-    for sensor, x in (("s1", s1), ("s2", s2)) if bands else ():
-        if x.shape[1] != len(bands[sensor]):
+    for sensor, x in {"s1": s1, "s2": s2}.items():
+        if bands and x.shape[1] != len(bands[sensor]):
             raise ValueError(f"{sensor}: {x.shape[1]} channels, not {' '.join(bands[sensor])}")
-    missing = ~s1.isfinite() if s1.is_floating_point() else s1 == MISSING
-    s1 = (s1 if s1.is_floating_point() else s1 / 100).float().masked_fill(missing, -99)
+    if not s1.is_floating_point():
+        s1 = torch.where(s1 == MISSING, torch.nan, s1 / 100)
+    missing = ~s1.isfinite()
+    s1 = s1.float().masked_fill(missing, -99)
     s2 = s2.float().nan_to_num(0, posinf=0, neginf=0)
     unseen = (s2 == 0).all(1, keepdim=True)
     s2 = (s2 - s2_offset).clamp(0)
     if scale == "standard":
-        s1, s2 = standardise(s1, stats["s1"]), standardise(s2, stats["s2"])
-        return s1.masked_fill(missing, 0), s2.masked_fill(unseen, 0)
+        s1 = standardise(s1, stats["s1"]).masked_fill(missing, 0)
+        return s1, standardise(s2, stats["s2"]).masked_fill(unseen, 0)
     s1, s2 = s1.clamp(-25, 0) + 25, s2.clamp(max=10_000)
     if scale == "fixed":
         return s1 / 25, s2 / 10_000
@@ -96,14 +99,15 @@ def standardise(x, stats):
 def class_counts(classes, count):
     """(N, h, w) classes -> (N, count + 1) int64 pixels per class, the last column for 255."""
     classes = torch.as_tensor(classes)
-    return torch.stack([(classes == c).sum((1, 2)) for c in (*range(count), IGNORE)], 1)
+    numbers = [*range(count), IGNORE]
+    return torch.stack([(classes == number).sum((1, 2)) for number in numbers], 1)
 
 
 def single_label(classes, count=8):
     """(N, h, w) uint8 of `count` classes -> (N,) int64 tensor: the most frequent class (of equals
     the first), or 255 where that is 255."""
-    label = class_counts(classes, count).argmax(1)
-    return torch.where(label == count, IGNORE, label)
+    column = class_counts(classes, count).argmax(1)
+    return torch.where(column == count, IGNORE, column)
 
 
 def multi_label(classes, count=8):
@@ -125,10 +129,10 @@ def resnet(arch, bands):
 
 def vgg_block(inputs, outputs):
     """Two of (3x3 convolution, batch norm, ReLU), named as in the released weights."""
-    layers = nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True),
-        nn.Conv2d(outputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
-    return nn.Sequential(OrderedDict(layers=layers))
+    layers = []
+    for width in (inputs, outputs):
+        layers += [nn.Conv2d(width, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(True)]
+    return nn.Sequential(OrderedDict(layers=nn.Sequential(*layers)))
 
 
 class VGG(nn.Sequential):
@@ -178,30 +182,37 @@ class Contrastive(nn.Module):
         self.method = method
         self.encoders = make_encoders(method, bands, arch)
         self.heads = nn.ModuleDict()
-        for name, encoder in self.encoders.items() if width and method != "mma" else ():
-            d = encoder.features
-            self.heads[name] = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, width))
+        if width and method != "mma":
+            for name, encoder in self.encoders.items():
+                d = encoder.features
+                self.heads[name] = nn.Sequential(nn.Linear(d, d), nn.ReLU(), nn.Linear(d, width))
 
     def forward(self, a, b):
         if self.method == "simclr-rgb":  # one pass, so that batch norm sees both views together
-            both = self.encoders["s2"](torch.cat((a, b)))
-            return self.heads["s2"](both).float().chunk(2)
-        a, b = self.encoders["s1"](a), self.encoders["s2"](b)
+            return self.embed("s2", torch.cat((a, b))).chunk(2)
+        return self.embed("s1", a), self.embed("s2", b)
+
+    def embed(self, sensor, x):
+        """Network input of a sensor -> its float32 embedding or map."""
+        x = self.encoders[sensor](x)
         if self.heads:
-            a, b = self.heads["s1"](a), self.heads["s2"](b)
-        return a.float(), b.float()
+            x = self.heads[sensor](x)
+        return x.float()
 
-    def loss(self, a, b, temperature, first=0, n=None):
-        """Loss of the n places from `first` on (default: of all) among the embeddings of all N."""
+    def loss(self, z1, z2, temperature, mine=ALL):
+        """Loss of the places in the slice `mine` among the embeddings of all N."""
         if self.method != "mma":
-            return nt_xent(a, b, temperature, first, n)
-        rows = self.similarity(a[first:][:n], b)
-        columns = None if len(rows) == len(b) else self.similarity(b[first:][:n], a)
-        return info_nce(rows, temperature, columns, first)
+            return nt_xent(z1, z2, temperature, mine)
+        rows, columns = self.similarity(z1[mine], z2), None
+        if len(rows) < len(z2):
+            columns = self.similarity(z2[mine], z1)
+        return info_nce(rows, temperature, columns, mine)
 
-    def similarity(self, a, b):
+    def similarity(self, z1, z2):
         """(N, N) similarity of embeddings as the loss sees it."""
-        return mma_similarity(a, b) if self.method == "mma" else unit(a) @ unit(b).T
+        if self.method == "mma":
+            return mma_similarity(z1, z2)
+        return unit(z1) @ unit(z2).T
 
 
 class Classifier(nn.Module):
@@ -211,7 +222,8 @@ class Classifier(nn.Module):
     def __init__(self, encoders, classes=8):
         super().__init__()
         self.encoders = encoders
-        self.fc = nn.Linear(sum(encoder.features for encoder in encoders.values()), classes)
+        features = sum(encoder.features for encoder in encoders.values())
+        self.fc = nn.Linear(features, classes)
 
     def forward(self, s1, s2):
         return self.fc(joined_features(self.encoders, s1, s2))
@@ -228,17 +240,26 @@ def resolve_precision(precision, device):
     return "bf16" if native else "float32"
 
 
-def spoils_gradients(method, crop, precision, device):
-    """Whether training must be refused: on a CPU torch's bf16 gradient of a 3x3 convolution with
-    stride 2 of a map of 1 px, as a ResNet has up to crops of 16 px, is what the memory held."""
-    bf16 = resolve_precision(precision, device) == "bf16"
-    return bf16 and torch.device(device).type == "cpu" and crop <= 16 and method != "mma"
-
-
 def autocast(precision, device):
     """Context in which networks run."""
     enabled = resolve_precision(precision, device) == "bf16"
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
+
+
+def spoilt_gradients(method, crop, precision, device):
+    """Why training must be refused, or None: on a CPU torch's bf16 gradient of a 3x3 convolution
+    of stride 2 of a map of 1 px, as a ResNet has up to crops of 16 px, is what the memory held."""
+    on_cpu = torch.device(device).type == "cpu"
+    bf16 = resolve_precision(precision, device) == "bf16"
+    if on_cpu and bf16 and crop <= 16 and method != "mma":
+        return (f"--crop {crop}: on a CPU bf16 gradients of a ResNet are wrong up to 16 px: "
+                "choose --precision float32, or more")
+    return None
+
+
+def spoils_gradients(*case):
+    """Whether spoilt_gradients() has a reason."""
+    return bool(spoilt_gradients(*case))
 
 
 def unit(x):
@@ -247,19 +268,18 @@ def unit(x):
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
-def nt_xent(z1, z2, temperature, first=0, n=None):
+def nt_xent(z1, z2, temperature, mine=ALL):
     """NT-Xent (Chen et al. 2020) over 2N embeddings, here of two sensors.
 
     z1, z2: (N, d), of any length; row i of both is one place. Each of the 2N rows picks its
     partner among the 2N - 1 others by cosine similarity / temperature; mean cross-entropy ->
-    scalar. first, n: as one of several processes, only the rows of the n places from `first` on."""
-    places, n = len(z1), len(z1) if n is None else n
-    z = torch.cat((unit(z1), unit(z2)))
-    left = torch.arange(first, first + n, device=z.device)
-    anchor = torch.cat((left, left + places))
-    partner = torch.cat((left + places, left))
+    scalar. mine: only the rows of the n places in this slice, those of one of several processes."""
+    z = torch.cat((unit(z1), unit(z2)))  # (2N, d)
+    left, right = torch.arange(len(z), device=z.device).chunk(2)
+    anchor = torch.cat((left[mine], right[mine]))  # (2n,) rows of z
+    partner = torch.cat((right[mine], left[mine]))
     with torch.autocast(z.device.type, enabled=False):
-        logits = (z if n == places else z[anchor]) / temperature @ z.T  # (2n, 2N)
+        logits = z[anchor] / temperature @ z.T  # (2n, 2N)
     logits.detach().scatter_(1, anchor[:, None], float("-inf"))  # off the graph: no gradient
     return F.cross_entropy(logits, partner)
 
@@ -271,14 +291,15 @@ def mma_similarity(m1, m2):
         return unit(m1).flatten(1) @ unit(m2).flatten(1).T / math.prod(m1.shape[2:])
 
 
-def info_nce(similarity, temperature, columns=None, first=0):
+def info_nce(similarity, temperature, columns=None, mine=ALL):
     """Symmetric InfoNCE: mean cross-entropy towards the diagonal of similarity / temperature, over
     rows and over columns, mean of both -> scalar. similarity: (N, N); in one of several processes
-    its rows from `first` on, (n, N), and `columns`, (n, N), the same columns transposed."""
-    target = torch.arange(first, first + len(similarity), device=similarity.device)
+    its rows in the slice `mine`, (n, N), and `columns`, (n, N), the same columns transposed."""
     columns = similarity.T if columns is None else columns
-    loss = F.cross_entropy(similarity / temperature, target)
-    return (loss + F.cross_entropy(columns / temperature, target)) / 2
+    target = torch.arange(similarity.shape[1], device=similarity.device)[mine]
+    over_rows = F.cross_entropy(similarity / temperature, target)
+    over_columns = F.cross_entropy(columns / temperature, target)
+    return (over_rows + over_columns) / 2
 
 
 @torch.no_grad()
@@ -302,22 +323,24 @@ def retrieval(similarity):
 # What the weights released with the paper do not say.
 RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "classes": CLASSES,
             "scale": "patch-max", "stats": None, "simulated": False, "heads": {}, "args": {}}
+# A card has everything else of a checkpoint.
+UNTOLD = {"encoders", "heads", "fc", "optimizer", "random", "file", "arch"}
+LICENCE = "contains modified Copernicus Sentinel data, which must be named wherever it is used"
 
 
 def save_checkpoint(path, model, **content):
     """Write a Contrastive model or a Classifier and whatever else its file holds. The file is there
-    whole or not at all; that of a Contrastive before it is kept as `previous.pt`, so that one of
-    the two always is. Raises CheckpointError."""
-    path, classifies = Path(path), isinstance(model, Classifier)
+    whole or not at all, and then the one before it is still there. Raises CheckpointError."""
     versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
     content = {"format": CHECKPOINT_FORMAT, **content, "versions": versions}
     for part in ("encoders", "heads"):
         modules = getattr(model, part, {})
         content[part] = {name: module.state_dict() for name, module in modules.items()}
-    if classifies:
+    if isinstance(model, Classifier):
         content["fc"] = model.fc.state_dict()
     buffer = io.BytesIO()  # since torch's own writer does not always name a full disk
     torch.save(content, buffer)
+    path = Path(path)
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,21 +352,22 @@ def save_checkpoint(path, model, **content):
         temporary.unlink(missing_ok=True)
         raise CheckpointError(f"{path}: cannot be written ({error.strerror}); the one before it is "
                               "kept. Free space and start the same command again") from None
-    if path.exists() and not classifies:
-        path.replace(path.with_name("previous.pt"))
     temporary.replace(path)
 
 
 def load_checkpoint(path):
     """-> the content of a checkpoint of this project, or of the weights released with the paper
-    in the same form, on the CPU. Raises CheckpointError."""
+    in the same form, on the CPU. path: or what this returned before. Raises CheckpointError."""
+    if isinstance(path, dict):
+        return path
     content = read_weights(path)
     weights = content.get("state_dict")
-    weights = weights if isinstance(weights, dict) else content
-    if any(str(key).startswith("backbone1.") for key in weights):
+    if not isinstance(weights, dict):
+        weights = content
+    if "backbone1.conv1.weight" in weights:
         content = released_resnets(weights)
-    elif "s1_model_weights" in content and "s2_model_weights" in content:
-        encoders = {"s1": content["s1_model_weights"], "s2": content["s2_model_weights"]}
+    elif weights.keys() >= {"s1_model_weights", "s2_model_weights"}:
+        encoders = {"s1": weights["s1_model_weights"], "s2": weights["s2_model_weights"]}
         content = {**RELEASED, "method": "mma", "encoders": encoders}
     elif content.get("format") != CHECKPOINT_FORMAT:
         raise CheckpointError(f"{path}: begins with {next(iter(weights), 'nothing')}: neither a "
@@ -365,9 +389,9 @@ def read_weights(path):
         raise CheckpointError(f"{path}: {error.strerror}; python pretrain.py writes it") from None
     except Exception as error:  # a foreign file can raise anything in the unpickler
         reason = (f"truncated or not a checkpoint ({type(error).__name__}): "
-                  "remove it, and a run goes on from previous.pt")
-        if needs := re.search(r"GLOBAL (\S+)", str(error)):
-            reason = f"not read, since it would run code: it holds {needs[1]}, not only weights"
+                  "remove it, and its run begins anew")
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            reason = f"not read, since it would run code: it holds {code[1]}, not only weights"
         raise CheckpointError(f"{path}: {reason}") from error
     return content if isinstance(content, dict) else {}
 
@@ -375,48 +399,55 @@ def read_weights(path):
 def released_resnets(weights):
     """The authors' state_dict of both ResNets -> content of a checkpoint."""
     content = {**RELEASED, "method": "d-simclr", "encoders": {}, "heads": {}}
+    if "backbone1.layer1.0.conv3.weight" in weights:
+        content["arch"] = "resnet50"
     for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2.")):
-        keys = [key.removeprefix(prefix) for key in weights if key.startswith(prefix)]
-        network = {key: weights[prefix + key] for key in keys}
-        head = {key.removeprefix("fc."): network.pop(key) for key in keys if key.startswith("fc.")}
-        content["encoders"][sensor] = network
+        encoder, head = {}, {}
+        for key, weight in weights.items():
+            if key.startswith(prefix + "fc."):
+                head[key.removeprefix(prefix + "fc.")] = weight
+            elif key.startswith(prefix):
+                encoder[key.removeprefix(prefix)] = weight
+        content["encoders"][sensor] = encoder
         if "2.weight" in head:
             content["heads"][sensor] = head
-    if "layer1.0.conv3.weight" in network:
-        content["arch"] = "resnet50"
     return content
+
+
+def load_weights(module, weights, misfit):
+    """Into a module, or CheckpointError: `misfit` and torch's reason, in one line."""
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{misfit}: {reason}") from None
 
 
 def load_encoders(checkpoint):
     """-> (ModuleDict of ready encoders by sensor in eval mode, scaling for to_input(s1, s2,
     **scaling)). checkpoint: a path, or load_checkpoint's content. Raises CheckpointError."""
-    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
-    encoders = make_encoders(content["method"], content["bands"], content["arch"])
+    content = load_checkpoint(checkpoint)
+    arch, bands = content["arch"], content["bands"]
+    encoders = make_encoders(content["method"], bands, arch)
     for name, encoder in encoders.items():
-        try:
-            encoder.load_state_dict(content["encoders"].get(name, {}))
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{content['file']}: the weights for {name} do not fit "
-                                  f"{content['arch']} and {content['bands']}: {reason}") from None
+        misfit = f"{content['file']}: the weights for {name} do not fit {arch} and {bands}"
+        load_weights(encoder, content["encoders"].get(name, {}), misfit)
     return encoders.eval(), {key: content[key] for key in ("scale", "stats", "bands")}
 
 
 def load_classifier(checkpoint):
     """-> (Classifier in eval mode without gradients, scaling for to_input(), class names) of a
     file of `finetune.py --save`. checkpoint: as for load_encoders(). Raises CheckpointError."""
-    content = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
+    content = load_checkpoint(checkpoint)
+    file, classes = content["file"], content["classes"]
     if "fc" not in content:
-        raise CheckpointError(f"{content['file']}: encoders without a classifier: "
+        raise CheckpointError(f"{file}: encoders without a classifier: "
                               "`python finetune.py --save DIR` writes one")
     encoders, scaling = load_encoders(content)
-    model = Classifier(encoders, len(content["classes"]))
-    try:
-        model.fc.load_state_dict(content["fc"])
-    except (RuntimeError, TypeError):
-        raise CheckpointError(f"{content['file']}: its last layer does not fit its encoders and "
-                              f"{len(content['classes'])} classes") from None
-    return model.eval().requires_grad_(False), scaling, content["classes"]
+    model = Classifier(encoders, len(classes))
+    misfit = f"{file}: its last layer does not fit its encoders and {len(classes)} classes"
+    load_weights(model.fc, content["fc"], misfit)
+    return model.eval().requires_grad_(False), scaling, classes
 
 
 def export(checkpoint, out):
@@ -428,14 +459,12 @@ def export(checkpoint, out):
     if "fc" in content:
         weights["fc"] = content["fc"]
     card = {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12],
-            "licence": "of simulated data" if content["simulated"] else
-            "contains modified Copernicus Sentinel data, which must be named wherever it is used",
+            "licence": "of simulated data" if content["simulated"] else LICENCE,
             "units": {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"},
             "network": "models.VGG" if content["method"] == "mma" else content["arch"],
             "inputs": {name: bands_of(content["bands"], name) for name in encoders},
             "scaling": SCALING[content["scale"]]}
-    weighty = {"encoders", "heads", "fc", "optimizer", "random", "file", "arch"}
-    card |= {key: value for key, value in content.items() if key not in weighty}
+    card |= {key: value for key, value in content.items() if key not in UNTOLD}
     out.mkdir(parents=True, exist_ok=True)
     for name, state in weights.items():
         torch.save(state, out / f"{name}.pt")
@@ -453,8 +482,7 @@ def main():
     try:
         weights = export(args.checkpoint, args.out)
     except (CheckpointError, OSError) as error:
-        print(f"models.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"models.py: error: {error}\n")
     print(f"wrote {args.out}/card.json, {' '.join(weights)}")
 
 

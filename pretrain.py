@@ -4,10 +4,10 @@
     python pretrain.py --method mma --data STORE --out runs/mma
     torchrun --nproc-per-node 8 pretrain.py --data STORE     # --batch-size stays the global one
 
-In --out: log.jsonl, previous.pt and last.pt, all that is needed to go on or to evaluate: saved at
-the end of an epoch, at most once a minute. The same command started again goes on where it was, on
-the CPU to the same bits; SIGTERM and Ctrl-C save first. Every --eval-every epochs the encoders look
-up held-out places: which Sentinel-2 patch belongs to this Sentinel-1 patch, and the other way.
+In --out: log.jsonl, and last.pt, all that is needed to go on or to evaluate: saved at the end of an
+epoch, at most once a minute. The same command started again goes on where it was, on the CPU to the
+same bits; SIGTERM and Ctrl-C save first. Every --eval-every epochs the encoders look up held-out
+places: which Sentinel-2 patch belongs to this Sentinel-1 patch, and the other way.
 """
 import argparse
 import contextlib
@@ -33,6 +33,9 @@ import models
 
 FREE = {"out", "threads", "device", "log_every", "eval_every"}  # to change in a run
 SAVE_EVERY = 60  # s, at least: a checkpoint has 277 MB, and all processes wait for it
+AGREE_EVERY = 8  # steps, on a stop: it takes several processes a message
+LOOKED_UP = 1000  # held-out places, at most
+TORCHRUN_SETS = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
 JITTER = ("brightness", "contrast", "saturation", "hue")
 
 
@@ -62,8 +65,8 @@ def arguments():
     add("--micro-batch", type=data.positive, help="pairs a pass: less memory; slow on several GPUs")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"), help="default auto")
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
-    devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
-    add("--device", choices=devices, default=devices[-1])
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0])
     add("--log-every", type=data.positive, default=10, help="steps, in log.jsonl (default 10)")
     args = parser.parse_args()
     args.out = Path(args.out or f"runs/{args.method}")
@@ -75,39 +78,43 @@ def arguments():
 
 
 def join_processes(args):
-    """-> (rank, world, device) of this process among those of torchrun, or of the only one."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise data.DataError(f"WORLD_SIZE={world}: start it with torchrun, or unset WORLD_SIZE")
-    rank = int(os.environ["RANK"]) if world > 1 else 0
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    refuse_unfit(args, device, world)
-    if world > 1:  # torchrun keeps its store over a restart, with the addresses of the dead
-        store, *_ = next(dist.rendezvous("env://"))
-        began = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # it differs between hosts: count anew
-            began = str(store.add(f"rank {rank} began", 1))
-        store = dist.PrefixStore(began, store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return rank, world, device
+    """-> (rank, world) of this process among those of torchrun, or of the only one."""
+    rank, world = 0, int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        if not TORCHRUN_SETS <= os.environ.keys():
+            raise data.DataError(f"WORLD_SIZE={world}: start it with torchrun, or unset WORLD_SIZE")
+        rank = int(os.environ["RANK"])
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    refuse_unfit(args, world)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=meeting(rank), rank=rank, world_size=world)
+    return rank, world
 
 
-def refuse_unfit(args, device, world):
+def meeting(rank):
+    """Where the processes tell each other their addresses: a part of torchrun's store for each
+    restart, over which it keeps those of the dead."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # it differs between hosts: count anew
+        restart = str(store.add(f"rank {rank} began", 1))
+    return dist.PrefixStore(restart, store)
+
+
+def refuse_unfit(args, world):
     """DataError for options that would spoil a run, or slow it down, without a word."""
-    size, n, micro = args.batch_size, args.batch_size // world, args.micro_batch
+    size, micro = args.batch_size, args.micro_batch
     if size == 1 or size % world:
         raise data.DataError(f"--batch-size {size}: choose 2 or more, since a loss needs other "
                              f"places, and a multiple of the number of processes, {world}")
+    n = size // world
     if micro and 1 in (micro, n % micro):
         raise data.DataError(f"--micro-batch {micro}: leaves batch norm a single pair of {n}: "
                              f"choose a divisor of {n} above 1")
-    if models.spoils_gradients(args.method, args.crop, args.precision, device):
-        raise data.DataError(f"--crop {args.crop}: on a CPU bf16 gradients of a ResNet are wrong "
-                             "up to 16 px: choose --precision float32, or more")
+    if reason := models.spoilt_gradients(args.method, args.crop, args.precision, args.device):
+        raise data.DataError(reason)
 
 
 def gather(x, world):
@@ -121,37 +128,53 @@ def gather(x, world):
 
 def open_patches(args):
     """The store with the bands that the method takes."""
-    rgb = args.method == "simclr-rgb"
-    patches = data.Patches(args.data, args.bands or (models.RGB if rgb else None))
+    bands = args.bands or models.METHODS[args.method].get("bands")
+    patches = data.Patches(args.data, bands)
     s1, s2 = patches.bands.values()
-    if not (len(s2) == 3 if rgb else s1 and s2):
-        needs = "three of Sentinel-2" if rgb else "bands of both sensors"
+    needs, fits = "bands of both sensors", s1 and s2
+    if args.method == "simclr-rgb":
+        needs, fits = "three of Sentinel-2", len(s2) == 3
+    if not fits:
         raise data.DataError(f"--bands {s1 + s2}: {args.method} takes {needs}")
     return patches
 
 
-def batches_from(start, rows, size, args, rank=0, world=1):
+def facts_of(args, patches, rows, world):
+    """What a checkpoint says of the whole run; it goes on with the same `args` alone."""
+    settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    settings |= {
+        "precision": models.resolve_precision(args.precision, args.device),
+        "bands": patches.bands["s1"] + patches.bands["s2"],
+        "data": patches.identity,  # wherever it lies
+        "processes": world if args.device == "cpu" else None}  # each has its own batch norm
+    source = {"path": args.data, "pairs": len(rows), "identity": patches.identity}
+    return {"method": args.method, "arch": args.arch, "scale": args.scale, "bands": patches.bands,
+            "classes": patches.classes, "simulated": patches.simulated, "data": source,
+            "stats": patches.stats(rows), "args": settings}
+
+
+def batches_from(start, rows, size, args, mine=models.ALL):
     """(rows, tops, lefts) of what this process takes of every batch from step `start` on."""
-    n = args.batch_size // world
     first, skip = divmod(start, len(rows) // args.batch_size)
     for epoch in range(first, args.epochs):
         batches = data.random_crops(rows, size, args.crop, args.batch_size, args.seed, epoch, True)
         for batch in batches[skip:]:
-            yield [values[rank * n:(rank + 1) * n] for values in batch]
+            yield [values[mine] for values in batch]
         skip = 0
 
 
-def network_inputs(s1, s2, args, stats, step, rank):
-    """Crops of a step -> the two inputs of models.Contrastive: sensors, or SimCLR's views."""
-    if args.method == "simclr-rgb":
-        scale = "patch-max" if args.scale == "patch-max" else "fixed"  # colours in 0..1
-        _, colours = models.to_input(s1, s2, scale)
-        numbers, orders = draw_views(args.batch_size, args.seed, step)  # of all processes
-        views = two_views(colours, numbers[:, rank * len(s2):][:, :len(s2)], orders)
-        if args.scale == "standard":
-            views = [models.standardise(view * 10_000, stats["s2"]) for view in views]
-        return views
-    return models.to_input(s1, s2, args.scale, stats)
+def network_inputs(s1, s2, args, stats, step, mine=models.ALL):
+    """Crops of a step, those that are `mine` of its batch -> the two inputs of models.Contrastive:
+    sensors, or SimCLR's views."""
+    if args.method != "simclr-rgb":
+        return models.to_input(s1, s2, args.scale, stats)
+    scale = "patch-max" if args.scale == "patch-max" else "fixed"  # colours in 0..1
+    _, colours = models.to_input(s1, s2, scale)
+    drawn, orders = draw_views(args.batch_size, args.seed, step)
+    views = two_views(colours, drawn[:, mine], orders)
+    if args.scale == "standard":
+        views = [models.standardise(view * 10_000, stats["s2"]) for view in views]
+    return views
 
 
 def draw_views(count, seed, step):
@@ -162,47 +185,62 @@ def draw_views(count, seed, step):
     shape = 2, count
     ratio = (4 / 3) ** rng.uniform(-1, 1, shape)
     area = rng.uniform(0.08, np.minimum(ratio, 1 / ratio))  # at most what fits into the image
-    width, height = sides = np.sqrt((area * ratio, area / ratio))  # of the image's
+    sides = np.sqrt((area * ratio, area / ratio))  # of the image's
+    width, height = sides
     x, y = (1 - sides) * rng.uniform(-1, 1, sides.shape)
-    mirrored, zero = rng.choice((-1, 1), shape), np.zeros(shape)
+    mirrored = rng.choice((-1, 1), shape)
     jittered = rng.random(shape) < 0.8
     factors = 1 + jittered * rng.uniform(-0.8, 0.8, (3, *shape))
     hue = jittered * rng.uniform(-0.2, 0.2, shape)
     colour = rng.random(shape) >= 0.2
-    sigma = np.where(rng.random(shape) < 0.5, rng.uniform(0.1, 2, shape), 0.01)  # 0.01: sharp
-    numbers = mirrored * width, zero, x, zero, height, y, *factors, hue, colour, sigma
-    return np.stack(numbers, 2), rng.permuted([range(4), range(4)], axis=1)
+    blurred = rng.random(shape) < 0.5
+    sigma = np.where(blurred, rng.uniform(0.1, 2, shape), 0.01)  # 0.01: sharp
+    zero = np.zeros(shape)
+    crop = mirrored * width, zero, x, zero, height, y
+    drawn = np.stack((*crop, *factors, hue, colour, sigma), 2)
+    return drawn, rng.permuted([range(4), range(4)], axis=1)
 
 
-def two_views(images, numbers, orders):
+def two_views(images, drawn, orders):
     """(N, 3, h, w) colours in 0..1, and what draw_views() drew for them -> two of (N, 3, h, w)."""
-    numbers, views = torch.from_numpy(numbers).float(), []
-    numbers = numbers.pin_memory() if images.is_cuda else numbers
-    for drawn, order in zip(numbers.to(images.device, non_blocking=True), orders):  # of one view
-        grid = F.affine_grid(drawn[:, :6].unflatten(1, (2, 3)), images.shape, align_corners=False)
-        view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-        *factors, colour, sigma = drawn[:, 6:, None, None, None].unbind(1)
-        for number in order:
-            view = jitter(JITTER[number], view, factors[number])
-        view = jitter("saturation", view, colour)
-        views.append(blur(view, sigma))
-    return views
+    drawn = torch.from_numpy(drawn).float().to(images.device, non_blocking=True)
+    return [augment(images, drawn[view], orders[view]) for view in range(2)]
+
+
+def augment(images, drawn, order):
+    """One view. drawn: (N, 12), order: (4,)."""
+    affine = drawn[:, :6].unflatten(1, (2, 3))
+    grid = F.affine_grid(affine, images.shape, align_corners=False)
+    view = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    *factors, colour, sigma = drawn[:, 6:, None, None, None].unbind(1)
+    for number in order:
+        view = jitter(JITTER[number], view, factors[number])
+    view = jitter("saturation", view, colour)
+    return blur(view, sigma)
 
 
 def jitter(kind, images, factor):
     """torchvision's adjust_brightness, adjust_contrast, adjust_saturation or adjust_hue of images
     (N, 3, h, w) in 0..1. factor: (N, 1, 1, 1), 1 leaves an image as it is, of a hue 0."""
-    grey = rgb_to_grayscale(images)  # (N, 1, h, w)
     if kind == "hue":
-        value, brightest = images.max(1, keepdim=True)
-        chroma = value - images.amin(1, keepdim=True)
-        others = images.roll(-1, 1) - images.roll(-2, 1)
-        sixths = 2 * brightest + others.gather(1, brightest) / chroma.clamp(min=1e-9)
-        offsets = torch.arange(5, 0, -2, device=images.device)[:, None, None]
-        sixths = (sixths + 6 * factor + offsets) % 6  # of a turn on the wheel of colours
-        return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
-    other = {"brightness": grey * 0, "contrast": grey.mean((1, 2, 3), keepdim=True)}
-    return torch.lerp(other.get(kind, grey), images, factor).clamp(0, 1)
+        return turn_hue(images, factor)
+    other = rgb_to_grayscale(images)  # (N, 1, h, w)
+    if kind == "brightness":
+        other = torch.zeros_like(other)
+    if kind == "contrast":
+        other = other.mean((1, 2, 3), keepdim=True)
+    return torch.lerp(other, images, factor).clamp(0, 1)
+
+
+def turn_hue(images, turn):
+    """turn: (N, 1, 1, 1), of the wheel of colours."""
+    value, brightest = images.max(1, keepdim=True)
+    chroma = value - images.amin(1, keepdim=True)
+    others = images.roll(-1, 1) - images.roll(-2, 1)
+    sixths = 2 * brightest + others.gather(1, brightest) / chroma.clamp(min=1e-9)
+    offsets = torch.arange(5, 0, -2, device=images.device)[:, None, None]  # of red, green, blue
+    sixths = (sixths + 6 * turn + offsets) % 6
+    return value - chroma * torch.minimum(sixths, 4 - sixths).clamp(0, 1)
 
 
 def blur(images, sigma):
@@ -223,21 +261,24 @@ def forward_backward(network, cast, loss_of, a, b, micro, rank, world):
     The loss sees the embeddings of all processes and micro-batches; its gradient at them then goes
     back through the network, micro-batch by micro-batch (Gao et al. 2021). That is exact but for
     batch norm, which sees each micro-batch by itself, and twice."""
-    batches = list(zip(a.split(micro), b.split(micro)))
-    with cast, torch.set_grad_enabled(len(batches) == 1):
-        outputs = [torch.stack(network(*batch), 1) for batch in batches]  # (micro, 2, ...)
+    parts = list(zip(a.split(micro), b.split(micro)))
+    twice = len(parts) > 1
+    with cast, torch.set_grad_enabled(not twice):
+        outputs = [torch.stack(network(*part), 1) for part in parts]  # (micro, 2, ...)
     everyone = gather(torch.cat(outputs).detach(), world).requires_grad_()  # (N, 2, ...)
-    loss = loss_of(*everyone.unbind(1), first=rank * len(a), n=len(a))
+    mine = slice(rank * len(a), (rank + 1) * len(a))
+    loss = loss_of(*everyone.unbind(1), mine=mine)
     loss.backward()
     if world > 1:
         dist.all_reduce(everyone.grad)  # what the other processes' rows want of our embeddings
-    for k, gradient in enumerate(everyone.grad[rank * len(a):][:len(a)].split(micro)):
+    gradients = everyone.grad[mine].split(micro)
+    for part, output, gradient in zip(parts, outputs, gradients):
         if world > 1:  # share the sum over the micro-batches alone, as DDP's no_sync() does
-            network.require_backward_grad_sync = k == len(batches) - 1
-        if len(batches) > 1:
+            network.require_backward_grad_sync = part is parts[-1]
+        if twice:
             with cast:
-                outputs[k] = torch.stack(network(*batches[k]), 1)
-        outputs[k].backward(gradient)
+                output = torch.stack(network(*part), 1)
+        output.backward(gradient)
     return loss.detach(), *everyone.detach().unbind(1)
 
 
@@ -249,19 +290,22 @@ def learning_rate(step, epoch_steps, args):
 
 
 @torch.no_grad()
-def held_out_retrieval(model, patches, crops, args, stats, device, cast):
+def held_out_retrieval(model, patches, crops, args, stats, cast):
     """Retrieval among the places of these crops -> dict for the log and the checkpoint."""
-    forth, back, embeddings = "s1_to_s2", "s2_to_s1", []
+    forth, back = "s1_to_s2", "s2_to_s1"
+    if args.method == "simclr-rgb":  # one sensor: which is the right half to this left one?
+        forth, back = "left_to_right", "right_to_left"
+    embeddings = []
     model.eval()
-    for s1, s2, *_ in data.loader(patches, crops, args.crop, device, args.threads):
+    for s1, s2, *_ in data.loader(patches, crops, args.crop, args.device, args.threads):
         inputs = models.to_input(s1, s2, args.scale, stats)
-        if args.method == "simclr-rgb":  # one sensor: which is the right half to this left one?
-            forth, back = "left_to_right", "right_to_left"
+        if args.method == "simclr-rgb":
             inputs = inputs[1].split(args.crop // 2, dim=3)[:2]
         with cast:
             embeddings.append(model(*inputs))
     model.train()
-    similarity = model.similarity(*map(torch.cat, zip(*embeddings)))
+    z1, z2 = (torch.cat(parts) for parts in zip(*embeddings))
+    similarity = model.similarity(z1, z2)
     one, other = models.retrieval(similarity), models.retrieval(similarity.T)
     tqdm.write(f"held out, top-1: {forth} {one['top1']:.1%}, {back} {other['top1']:.1%}")
     return {"candidates": len(similarity), forth: one, back: other}
@@ -280,17 +324,17 @@ def open_log(path, step):
     kept = []
     for line in log:
         with contextlib.suppress(ValueError):  # what a kill or a power cut spoilt
-            if step and json.loads(line)["step"] <= step:
+            if json.loads(line)["step"] <= step:
                 kept.append(line.strip() + "\n")
     log.seek(0)
-    log.writelines(kept)  # mostly what is there already
+    log.writelines(kept if step else [])  # mostly what is there already
     log.truncate()  # what follows is of a run that was killed
     return log
 
 
 def make_model(args, bands, device, world):
     """-> (models.Contrastive, the same as training calls it, its optimiser)."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True  # TF32 in no loss
+    torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
     model = models.Contrastive(args.method, bands, args.arch)
     model = model.to(device, memory_format=torch.channels_last)
@@ -300,29 +344,31 @@ def make_model(args, bands, device, world):
     if world > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
         network.broadcast_buffers = False  # as an argument it is deprecated from torch 2.14 on
+    return model, network, make_optimizer(args, model)
+
+
+def make_optimizer(args, model):
+    """Adam; for `--recipe ours` each tensor has a rate by its first weights, and no momentum."""
     groups, betas = [{"params": model.parameters()}], (0.9, 0.999)
-    if args.recipe == "ours":  # a rate for each tensor, by its first weights, and no momentum
+    if args.recipe == "ours":
         groups, betas = [], (0.0, 0.99)
         for weights in model.parameters():
             rms = max(1e-3, weights.detach().square().mean().sqrt().item())
             groups.append({"params": [weights], "factor": rms / 0.03})  # 1 for 3x3, 250 channels
-    optimizer = torch.optim.Adam(
-        groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
-    return model, network, optimizer
+    return torch.optim.Adam(groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
 
 
-def resume(args, settings, model, optimizer):
-    """Load the newest checkpoint of --out into model and optimiser -> (its step, its retrieval).
+def resume(path, settings, model, optimizer):
+    """Load a checkpoint, where there is one, into model and optimiser -> (its step, its retrieval).
     CheckpointError where it cannot be read or was made with other settings."""
-    both = args.out / "last.pt", args.out / "previous.pt"  # a kill may leave only the second
-    path = next(filter(Path.exists, both), None)
-    if not path:
+    if not path.exists():
         return 0, None
     content = models.load_checkpoint(path)
     old = content["args"]
-    if there := {key: old.get(key) for key in settings if old.get(key) != settings[key]}:
+    changed = {key: old.get(key) for key in settings if old.get(key) != settings[key]}
+    if changed:
         raise models.CheckpointError(
-            f"{path}: made with other settings ({there}): use them, or another --out")
+            f"{path}: made with other settings ({changed}): use them, or another --out")
     for kind in ("encoders", "heads"):
         for name, module in getattr(model, kind).items():
             module.load_state_dict(content[kind][name])
@@ -331,92 +377,105 @@ def resume(args, settings, model, optimizer):
     return content["step"], content["retrieval"]
 
 
+def refuse_other_folder(out, start, world):
+    """CheckpointError in every process where one of them has a folder of its own."""
+    gather(torch.tensor([start]), world)  # now the log of the first process is there for all
+    found = start if (out / "log.jsonl").exists() else -1
+    if (gather(torch.tensor([found]), world) != start).any():
+        raise models.CheckpointError(f"{out}: not that of the other processes: share one")
+
+
+def mean_loss(loss, model, step, world):
+    """-> the loss of all processes. CheckpointError where it or a weight is not finite."""
+    mean = gather(loss[None], world).mean().item()
+    norm = torch.nn.utils.get_total_norm(model.parameters())
+    if not math.isfinite(mean + norm):  # once a weight is not, it stays so
+        raise models.CheckpointError(f"loss {mean} at step {step}, norm of the weights {norm}: "
+                                     "try a lower --lr or --precision float32")
+    return mean
+
+
 def train(args):
-    rank, world, device = join_processes(args)
+    rank, world = join_processes(args)
     patches = open_patches(args)
     rows, held = data.split_scenes(patches, args.holdout)
     epoch_steps = len(rows) // args.batch_size
     if not epoch_steps:
         raise data.DataError(f"--batch-size {args.batch_size}: only {len(rows)} pairs to train on")
-    held = [] if rank else held[::len(held) // 1000 + 1]  # by the first process, up to 1,000
+    total = args.epochs * epoch_steps
+    n = args.batch_size // world
+    mine = slice(rank * n, (rank + 1) * n)  # what this process takes of each batch
+    held = [] if rank else held[::len(held) // LOOKED_UP + 1]  # by the first process
     held_crops = data.grid_crops(held, patches.size, args.crop, 100, middle=True)
-    total, stats = args.epochs * epoch_steps, patches.stats(rows)
-    settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    settings |= {"precision": models.resolve_precision(args.precision, device),
-                 "bands": patches.bands["s1"] + patches.bands["s2"], "data": patches.identity,
-                 "processes": world if device.type == "cpu" else None}  # each its own batch norm
+    facts = facts_of(args, patches, rows, world)
+    device = torch.device(args.device)
     model, network, optimizer = make_model(args, patches.bands, device, world)
     cast = models.autocast(args.precision, device)
     loss_of = partial(model.loss, temperature=args.temperature)
+
     args.out.mkdir(parents=True, exist_ok=True)
-    start, retrieval = resume(args, settings, model, optimizer)
+    last = args.out / "last.pt"
+    start, retrieval = resume(last, facts["args"], model, optimizer)
     log = open_log(args.out / "log.jsonl", start) if rank == 0 else None
-    gather(torch.tensor([start]), world)  # now the log of the first process is there for all
-    shared = (args.out / "log.jsonl").exists()
-    if (gather(torch.tensor([start if shared else -1]), world) != start).any():
-        raise models.CheckpointError(f"{args.out}: not that of the other processes: share one")
+    refuse_other_folder(args.out, start, world)
 
     def look_up(step):
-        found = held_out_retrieval(model, patches, held_crops, args, stats, device, cast)
+        found = held_out_retrieval(model, patches, held_crops, args, facts["stats"], cast)
         entry = {"epoch": step // epoch_steps, "step": step, "retrieval": found}
         print(json.dumps(entry), file=log)
         return found
 
-    signals = [0]  # they end the run after the step in hand
+    caught = [0]  # the last signal ends the run, after the step in hand
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
+        signal.signal(number, lambda number, frame: caught.append(number))
     if held_crops and not start:
         retrieval = look_up(step=0)
-    batches = batches_from(start, rows, patches.size, args, rank, world)
+    batches = batches_from(start, rows, patches.size, args, mine)
     feed = data.loader(patches, batches, args.crop, device, args.threads)
     bar = tqdm(range(start + 1, total + 1), args.method, total, initial=start, disable=rank > 0)
-    step, stop, timed = start, 0, start
-    clock = saved = time.perf_counter()
+    step = logged = start
+    stop = 0
+    clock = saved = time.perf_counter()  # of the last logged step, of the last checkpoint
     for step, (s1, s2, *_) in zip(bar, feed):
         rate = learning_rate(step - 1, epoch_steps, args)
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get("factor", 1)
-        inputs = network_inputs(s1, s2, args, stats, step, rank)
-        micro = args.micro_batch or len(s1)
-        loss, a, b = forward_backward(network, cast, loss_of, *inputs, micro, rank, world)
+        a, b = network_inputs(s1, s2, args, facts["stats"], step, mine)
+        micro = args.micro_batch or n
+        loss, z1, z2 = forward_backward(network, cast, loss_of, a, b, micro, rank, world)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
-        epoch, within = divmod(step, epoch_steps)  # the epochs that are done, and 0 at their end
-        logs = not within or step % args.log_every == 0
-        if world == 1 or logs or step % 8 == 0:  # a message between the hosts
-            stop = gather(torch.tensor(signals[-1:]), world).max().item()
+        epoch_ends = step % epoch_steps == 0
+        logs = epoch_ends or step % args.log_every == 0
+        if logs or world == 1 or step % AGREE_EVERY == 0:
+            stop = gather(torch.tensor(caught[-1:]), world).max().item()
         if logs or stop:  # the only places where the host waits for the device
-            loss = gather(loss[None], world).mean().item()
-            norm = torch.nn.utils.get_total_norm(model.parameters())
-            if not math.isfinite(loss + norm):  # once a weight is not, it stays so
-                raise models.CheckpointError(f"loss {loss} at step {step}, norm of the weights "
-                                             f"{norm}: try a lower --lr or --precision float32")
+            mean = mean_loss(loss, model, step, world)
         if logs and rank == 0:
-            accuracy = models.retrieval(model.similarity(a, b))["top1"]
-            pairs_per_s = (step - timed) * args.batch_size / (time.perf_counter() - clock)
-            entry = {"epoch": step / epoch_steps, "step": step, "loss": loss, "lr": rate,
-                     "accuracy": accuracy, "pairs_per_s": pairs_per_s}
+            accuracy = models.retrieval(model.similarity(z1, z2))["top1"]
+            speed = (step - logged) * args.batch_size / (time.perf_counter() - clock)
+            entry = {"epoch": step / epoch_steps, "step": step, "loss": mean, "lr": rate,
+                     "accuracy": accuracy, "pairs_per_s": speed}
             print(json.dumps(entry), file=log)
-            bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy:.1%}")
-        if held_crops and not within and (epoch % args.eval_every == 0 or step == total):
+            bar.set_postfix(loss=f"{mean:.3f}", top1=f"{accuracy:.1%}")
+        evaluates = step % (args.eval_every * epoch_steps) == 0 or step == total
+        if held_crops and evaluates:
             retrieval = look_up(step)
-        due = not within and time.perf_counter() - saved >= SAVE_EVERY
+        due = epoch_ends and time.perf_counter() - saved >= SAVE_EVERY
         if rank == 0 and (due or stop or step == total):
-            saved = time.perf_counter()
             models.save_checkpoint(
-                args.out / "last.pt", model, method=args.method, arch=args.arch, scale=args.scale,
-                bands=patches.bands, classes=patches.classes, simulated=patches.simulated,
-                data={"path": args.data, "pairs": len(rows), "identity": settings["data"]},
-                stats=stats, args=settings, epoch=epoch, step=step, retrieval=retrieval,
+                last, model, **facts, epoch=step // epoch_steps, step=step, retrieval=retrieval,
                 optimizer=optimizer.state_dict(), random=torch.get_rng_state())
+            saved = time.perf_counter()
         if stop:
             break
         if logs:
-            timed, clock = step, time.perf_counter()
+            logged, clock = step, time.perf_counter()
+
     bar.close()
     if rank == 0:
-        print(f"{args.out}/last.pt: {step} of {total} steps are done, see log.jsonl beside it")
+        print(f"{last}: {step} of {total} steps are done, see log.jsonl beside it")
     if world > 1:
         dist.destroy_process_group()
     if stop:

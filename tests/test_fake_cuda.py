@@ -111,13 +111,13 @@ def test_network_input(scale, floats):
 def test_pretraining(method, scale, recipe, world, micro):
     bands, stats = bands_of(method)
     args = SimpleNamespace(method=method, recipe=recipe, scale=scale, arch="resnet18", seed=0, lr=1, weight_decay=0,
-                           compile=False, batch_size=N * world, crop=CROP, threads=1)
+                           batch_size=N * world, crop=CROP, threads=1, device="cuda")
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=world - 1, world_size=world)
     with GPU:
         model, network, optimizer = pretrain.make_model(args, bands, GPU, world)
     s1, s2, *_ = crops(bands)
-    inputs = pretrain.network_inputs(s1, s2, args, stats, step=1, rank=world - 1)
+    inputs = pretrain.network_inputs(s1, s2, args, stats, 1, slice(N * (world - 1), N * world))
     cast, loss_of = models.autocast("bf16", GPU), partial(model.loss, temperature=0.1)
     loss, a, b = pretrain.forward_backward(network, cast, loss_of, *inputs, micro, world - 1, world)
     optimizer.step()
@@ -125,7 +125,7 @@ def test_pretraining(method, scale, recipe, world, micro):
         assert x.device == GPU and x.dtype == torch.float32
     assert len(a) == len(b) == N * world
     models.retrieval(model.similarity(a, b))
-    pretrain.held_out_retrieval(model, SimpleNamespace(bands=bands), range(1), args, stats, GPU, cast)
+    pretrain.held_out_retrieval(model, SimpleNamespace(bands=bands), range(1), args, stats, cast)
 
 
 @pytest.mark.parametrize("method, task, scale", [*zip(models.METHODS, ["single", "multi"] * 4, [*models.SCALING] * 3)])

@@ -99,7 +99,7 @@ def test_shares_of_processes_add_up_to_the_whole(method):
     shape = (12, 8, 4, 4) if method == "mma" else (12, 16)
     a, b = (x.requires_grad_() for x in torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).double())
     whole = model.loss(a, b, 0.1)
-    shares = sum(model.loss(a, b, 0.1, first, 4) for first in (0, 4, 8)) / 3
+    shares = sum(model.loss(a, b, 0.1, slice(first, first + 4)) for first in (0, 4, 8)) / 3
     assert abs(whole.item() - shares.item()) < 1e-12
     for one, other in zip(torch.autograd.grad(whole, (a, b)), torch.autograd.grad(shares, (a, b))):
         assert relative(other, one) < 1e-12
@@ -201,9 +201,9 @@ def test_a_checkpoint_gives_the_encoders_back(tmp_path):
     x = torch.rand(2, 13, 32, 32)
     assert not encoders.training and torch.equal(encoders["s2"](x), model.encoders["s2"](x))
     assert scaling["scale"] == "fixed" and scaling["stats"] is None
-    first = (tmp_path / "last.pt").read_bytes()
     write(tmp_path / "last.pt", simulated=False)
-    assert (tmp_path / "previous.pt").read_bytes() == first and not (tmp_path / "last.tmp").exists()
+    assert not models.load_checkpoint(tmp_path / "last.pt")["simulated"]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_a_checkpoint_names_the_classes(tmp_path):
@@ -244,7 +244,7 @@ def test_files_that_are_no_checkpoints_get_one_line(tmp_path):
     random = np.random.default_rng(0).bytes(5000)
     for content in (b"", b"hello\nworld\n", random, *(good[:len(good) * k // 20] for k in range(1, 20)), good[:-1]):
         path.write_bytes(content)
-        with pytest.raises(models.CheckpointError, match="truncated or not a checkpoint") as error:
+        with pytest.raises(models.CheckpointError, match="truncated or not .*: remove it, and its run begins anew") as error:
             models.load_checkpoint(path)
         assert "\n" not in str(error.value)
     for content in ([1, 2], {"format": 99}, {"weights": torch.ones(2)}, torch.ones(3)):
@@ -283,20 +283,19 @@ def test_weights_that_do_not_fit_what_the_file_names_get_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_kill_between_the_two_renames_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
+def test_a_kill_before_the_rename_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
     write(tmp_path / "last.pt")
-    whole, names, original = (tmp_path / "last.pt").read_bytes(), [], type(tmp_path).replace
+    whole, moved = (tmp_path / "last.pt").read_bytes(), []
 
     def replace(path, target):
-        names.append(path.name)
-        if len(names) == 2:
-            raise KeyboardInterrupt
-        return original(path, target)
+        moved.append((models.load_checkpoint(path)["simulated"], path.name, target.name))
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(type(tmp_path), "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "last.pt", simulated=False)
-    assert names == ["last.pt", "last.tmp"] and (tmp_path / "previous.pt").read_bytes() == whole
+    assert moved == [(False, "last.tmp", "last.pt")]  # it was whole, and its only way in is the rename
+    assert (tmp_path / "last.pt").read_bytes() == whole
 
 
 # ---------------------------------------------------------------------------------------------- released weights

@@ -135,10 +135,19 @@ def step_of(path):
     return torch.load(path, weights_only=True)["step"]
 
 
+@functools.cache
+def stopped_after_epoch_2():
+    """-> folder of a run that was stopped with the last step of the second of three epochs."""
+    out = folder() / "epoch 2"
+    code, text = finish(start([*MMA, "--data", make_store()], out, trouble=functools.partial(signal_after, 12)))
+    assert code == 143, text
+    return out
+
+
 def copy_of_epoch_2(reference, out):
-    """The folder as it was after two of the three epochs."""
+    """The folder as a kill in the third epoch leaves it: the log has lines of that, too."""
     out.mkdir()
-    shutil.copy(reference / "previous.pt", out / "last.pt")
+    shutil.copy(stopped_after_epoch_2() / "last.pt", out / "last.pt")
     shutil.copy(reference / "log.jsonl", out / "log.jsonl")
     return out
 
@@ -195,7 +204,7 @@ def test_processes_and_resumed_runs_take_their_parts_of_the_same_batches():
         return [np.stack(batch) for batch in pretrain.batches_from(*more)]
 
     whole = batches(0, np.arange(20, 40), (40, 50), args)
-    parts = [batches(0, np.arange(20, 40), (40, 50), args, rank, 3) for rank in range(3)]
+    parts = [batches(0, np.arange(20, 40), (40, 50), args, slice(first, first + 2)) for first in (0, 2, 4)]
     assert len(whole) == 9 and np.array_equal(whole, np.concatenate(parts, 2))  # (batch, 3, crop)
     for epoch in range(3):  # every row at most once; in each epoch other places
         rows, tops, lefts = np.concatenate(whole[3 * epoch:3 * epoch + 3], 1)
@@ -386,15 +395,15 @@ def test_views_do_not_depend_on_the_processes_and_every_sample_has_its_own():
     args = SimpleNamespace(method="simclr-rgb", scale="patch-max", batch_size=8, seed=3)
     s1, s2 = torch.zeros(8, 0, 20, 20, dtype=torch.int16), torch.arange(1200).view(1, 3, 20, 20).repeat(8, 1, 1, 1)
     state = torch.get_rng_state()
-    whole = pretrain.network_inputs(s1, s2, args, None, 7, 0)
+    whole = pretrain.network_inputs(s1, s2, args, None, 7)
     for k in range(2):
-        parts = [pretrain.network_inputs(s1[:4], s2[:4], args, None, 7, rank)[k] for rank in range(2)]
+        parts = [pretrain.network_inputs(s1[:4], s2[:4], args, None, 7, slice(first, first + 4))[k] for first in (0, 4)]
         assert torch.equal(whole[k], torch.cat(parts))
         assert whole[k].shape == (8, 3, 20, 20) and 0 <= whole[k].min() and whole[k].max() <= 1
     assert len({x.numpy().tobytes() for x in (*whole[0], *whole[1])}) == 16  # of the same image
     for seed, step in ((4, 7), (3, 8)):
         args.seed = seed
-        assert not torch.equal(pretrain.network_inputs(s1, s2, args, None, step, 0)[0], whole[0])
+        assert not torch.equal(pretrain.network_inputs(s1, s2, args, None, step)[0], whole[0])
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -418,7 +427,7 @@ def test_picture_of_a_run(reference):
 def test_a_finished_run_is_left_as_it_is(store, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "done")
     assert f"{STEPS} of {STEPS} steps are done" in run([*MMA, "--data", store], tmp_path / "done")
-    for name in ("last.pt", "previous.pt", "log.jsonl"):
+    for name in ("last.pt", "log.jsonl"):
         assert (tmp_path / "done" / name).read_bytes() == (reference / name).read_bytes()
 
 
@@ -491,17 +500,22 @@ def save_once_and_die(original=pretrain.learning_rate):
     signal_after(15, signal.SIGKILL, learning_rate)
 
 
-def a_minute_apart():
-    pretrain.SAVE_EVERY = 60
+def a_minute_apart(saves, original=models.save_checkpoint):
+    """The steps of all checkpoints into a file."""
+    def save_checkpoint(*arguments, **content):
+        saves.write_text(saves.read_text() + f"{content['step']} ")
+        original(*arguments, **content)
+    saves.touch()
+    pretrain.SAVE_EVERY, models.save_checkpoint = 60, save_checkpoint
 
 
 def test_checkpoints_are_a_minute_apart_and_a_run_killed_between_them_ends_in_the_same_bits(store, reference, tmp_path):
     out, argv = tmp_path / "killed", [*MMA, "--data", store]
     assert finish(start(argv, out, trouble=save_once_and_die))[0] == -signal.SIGKILL
-    assert step_of(out / "last.pt") == 6 and not (out / "previous.pt").exists()
+    assert step_of(out / "last.pt") == 6
     assert '"step": 14' in (out / "log.jsonl").read_text()
-    run(argv, out, trouble=a_minute_apart)
-    assert step_of(out / "previous.pt") == 6  # then at the end
+    run(argv, out, trouble=functools.partial(a_minute_apart, tmp_path / "saves"))
+    assert (tmp_path / "saves").read_text() == "18 "  # at the end
     assert_same_run(out, reference)
 
 
@@ -526,13 +540,13 @@ def test_a_run_that_another_writes_is_refused(store, reference, tmp_path):
     assert_same_run(out, reference)
 
 
-def test_a_truncated_checkpoint_is_named_and_without_it_the_previous_one_used(store, reference, tmp_path):
+def test_a_truncated_checkpoint_is_named_and_without_it_the_run_begins_anew(store, reference, tmp_path):
     out, argv = tmp_path / "cut", [*MMA, "--data", store]
     shutil.copytree(reference, out)
     os.truncate(out / "last.pt", 1_000_000)
     code, text = finish(start(argv, out))
-    assert code == 2 and re.search(r"cut/last.pt: truncated or not .*previous.pt", text) and text.count("\n") == 1
-    (out / "last.pt").unlink()  # as after a kill between the two renames
+    assert code == 2 and re.search(r"cut/last.pt: truncated or not .*: remove it", text) and text.count("\n") == 1
+    (out / "last.pt").unlink()
     run(argv, out)
     assert_same_run(out, reference)
 
@@ -579,7 +593,8 @@ def test_nothing_is_saved_once_the_loss_is_not_finite(store, reference, tmp_path
     before = (out / "last.pt").read_bytes()
     code, text = finish(start([*MMA, "--data", store, "--log-every", 6], out, trouble=trouble))
     assert code == 2 and words in text and "--precision float32" in text and "Traceback" not in text
-    assert (out / "last.pt").read_bytes() == before and list(out.glob("previous*")) == []
+    assert (out / "last.pt").read_bytes() == before
+    assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl"}
 
 
 def out_of_memory():
