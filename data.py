@@ -80,7 +80,8 @@ def lock(file, folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(f"{folder}: another run writes there: wait, or choose another") from None
+        raise DataError(f"{folder}: another run writes there: wait for it, or choose another "
+                        "folder") from None
 
 
 def band_name(text):

@@ -32,7 +32,6 @@ CLASSES = ["Forest", "Shrubland", "Grassland", "Wetland", "Cropland", "Urban", "
 CHECKPOINT_FORMAT = 1
 IGNORE = 255  # class of a pixel that is none of the classes; label of a patch that has none
 MISSING = -32768  # in S1 as integers
-ALL = slice(None)  # places of a batch: what one process alone has
 
 # From sigma nought in dB and reflectance x 10,000 to network input, see to_input().
 SCALING = {
@@ -199,14 +198,11 @@ class Contrastive(nn.Module):
             x = self.heads[sensor](x)
         return x.float()
 
-    def loss(self, z1, z2, temperature, mine=ALL):
-        """Loss of the places in the slice `mine` among the embeddings of all N."""
-        if self.method != "mma":
-            return nt_xent(z1, z2, temperature, mine)
-        rows, columns = self.similarity(z1[mine], z2), None
-        if len(rows) < len(z2):
-            columns = self.similarity(z2[mine], z1)
-        return info_nce(rows, temperature, columns, mine)
+    def loss(self, z1, z2, temperature):
+        """Loss of all embeddings of a batch."""
+        if self.method == "mma":
+            return info_nce(self.similarity(z1, z2), temperature)
+        return nt_xent(z1, z2, temperature)
 
     def similarity(self, z1, z2):
         """(N, N) similarity of embeddings as the loss sees it."""
@@ -268,19 +264,17 @@ def unit(x):
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=1)
 
 
-def nt_xent(z1, z2, temperature, mine=ALL):
+def nt_xent(z1, z2, temperature):
     """NT-Xent (Chen et al. 2020) over 2N embeddings, here of two sensors.
 
     z1, z2: (N, d), of any length; row i of both is one place. Each of the 2N rows picks its
     partner among the 2N - 1 others by cosine similarity / temperature; mean cross-entropy ->
-    scalar. mine: only the rows of the n places in this slice, those of one of several processes."""
-    z = torch.cat((unit(z1), unit(z2)))  # (2N, d)
-    left, right = torch.arange(len(z), device=z.device).chunk(2)
-    anchor = torch.cat((left[mine], right[mine]))  # (2n,) rows of z
-    partner = torch.cat((right[mine], left[mine]))
+    scalar."""
+    z = torch.cat((unit(z1), unit(z2)))
     with torch.autocast(z.device.type, enabled=False):
-        logits = z[anchor] / temperature @ z.T  # (2n, 2N)
-    logits.detach().scatter_(1, anchor[:, None], float("-inf"))  # off the graph: no gradient
+        logits = z / temperature @ z.T  # (2N, 2N)
+    logits.detach().fill_diagonal_(float("-inf"))  # off the graph: no gradient
+    partner = torch.arange(len(z), device=z.device).roll(len(z1))
     return F.cross_entropy(logits, partner)
 
 
@@ -291,14 +285,12 @@ def mma_similarity(m1, m2):
         return unit(m1).flatten(1) @ unit(m2).flatten(1).T / math.prod(m1.shape[2:])
 
 
-def info_nce(similarity, temperature, columns=None, mine=ALL):
+def info_nce(similarity, temperature):
     """Symmetric InfoNCE: mean cross-entropy towards the diagonal of similarity / temperature, over
-    rows and over columns, mean of both -> scalar. similarity: (N, N); in one of several processes
-    its rows in the slice `mine`, (n, N), and `columns`, (n, N), the same columns transposed."""
-    columns = similarity.T if columns is None else columns
-    target = torch.arange(similarity.shape[1], device=similarity.device)[mine]
-    over_rows = F.cross_entropy(similarity / temperature, target)
-    over_columns = F.cross_entropy(columns / temperature, target)
+    rows and over columns, mean of both -> scalar. similarity: (N, N)."""
+    diagonal = torch.arange(len(similarity), device=similarity.device)
+    over_rows = F.cross_entropy(similarity / temperature, diagonal)
+    over_columns = F.cross_entropy(similarity.T / temperature, diagonal)
     return (over_rows + over_columns) / 2
 
 

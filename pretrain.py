@@ -11,7 +11,6 @@ places: which Sentinel-2 patch belongs to this Sentinel-1 patch, and the other w
 """
 import argparse
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -153,7 +152,7 @@ def facts_of(args, patches, rows, world):
             "stats": patches.stats(rows), "args": settings}
 
 
-def batches_from(start, rows, size, args, mine=models.ALL):
+def batches_from(start, rows, size, args, mine=slice(None)):
     """(rows, tops, lefts) of what this process takes of every batch from step `start` on."""
     first, skip = divmod(start, len(rows) // args.batch_size)
     for epoch in range(first, args.epochs):
@@ -163,7 +162,7 @@ def batches_from(start, rows, size, args, mine=models.ALL):
         skip = 0
 
 
-def network_inputs(s1, s2, args, stats, step, mine=models.ALL):
+def network_inputs(s1, s2, args, stats, step, mine=slice(None)):
     """Crops of a step, those that are `mine` of its batch -> the two inputs of models.Contrastive:
     sensors, or SimCLR's views."""
     if args.method != "simclr-rgb":
@@ -255,10 +254,10 @@ def blur(images, sigma):
 
 
 def forward_backward(network, cast, loss_of, a, b, micro, rank, world):
-    """Gradients of one global batch, in the parameters of every process; -> its loss here and all
+    """Gradients of one global batch, in the parameters of every process; -> its loss and all
     embeddings. a, b: network inputs of this process, `micro` of which pass at a time.
 
-    The loss sees the embeddings of all processes and micro-batches; its gradient at them then goes
+    Every process computes the loss of the embeddings of all; its gradient at its own then goes
     back through the network, micro-batch by micro-batch (Gao et al. 2021). That is exact but for
     batch norm, which sees each micro-batch by itself, and twice."""
     parts = list(zip(a.split(micro), b.split(micro)))
@@ -267,11 +266,9 @@ def forward_backward(network, cast, loss_of, a, b, micro, rank, world):
         outputs = [torch.stack(network(*part), 1) for part in parts]  # (micro, 2, ...)
     everyone = gather(torch.cat(outputs).detach(), world).requires_grad_()  # (N, 2, ...)
     mine = slice(rank * len(a), (rank + 1) * len(a))
-    loss = loss_of(*everyone.unbind(1), mine=mine)
+    loss = loss_of(*everyone.unbind(1))
     loss.backward()
-    if world > 1:
-        dist.all_reduce(everyone.grad)  # what the other processes' rows want of our embeddings
-    gradients = everyone.grad[mine].split(micro)
+    gradients = (world * everyone.grad[mine]).split(micro)  # of which the processes' mean is taken
     for part, output, gradient in zip(parts, outputs, gradients):
         if world > 1:  # share the sum over the micro-batches alone, as DDP's no_sync() does
             network.require_backward_grad_sync = part is parts[-1]
@@ -316,11 +313,7 @@ def open_log(path, step):
     until its process ends. DataError where another run has it."""
     path.touch()
     log = open(path, "r+", buffering=1, errors="replace")  # noqa: SIM115 (to the end of the run)
-    try:
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise data.DataError(f"{path.parent}: another run writes there: wait for it, or choose "
-                             "another --out") from None
+    data.lock(log, path.parent)
     kept = []
     for line in log:
         with contextlib.suppress(ValueError):  # what a kill or a power cut spoilt
@@ -385,14 +378,12 @@ def refuse_other_folder(out, start, world):
         raise models.CheckpointError(f"{out}: not that of the other processes: share one")
 
 
-def mean_loss(loss, model, step, world):
-    """-> the loss of all processes. CheckpointError where it or a weight is not finite."""
-    mean = gather(loss[None], world).mean().item()
+def refuse_infinite(loss, model, step):
+    """CheckpointError where the loss or a weight is not finite."""
     norm = torch.nn.utils.get_total_norm(model.parameters())
-    if not math.isfinite(mean + norm):  # once a weight is not, it stays so
-        raise models.CheckpointError(f"loss {mean} at step {step}, norm of the weights {norm}: "
+    if not math.isfinite(loss + norm):  # once a weight is not, it stays so
+        raise models.CheckpointError(f"loss {loss} at step {step}, norm of the weights {norm}: "
                                      "try a lower --lr or --precision float32")
-    return mean
 
 
 def train(args):
@@ -451,14 +442,14 @@ def train(args):
         if logs or world == 1 or step % AGREE_EVERY == 0:
             stop = gather(torch.tensor(caught[-1:]), world).max().item()
         if logs or stop:  # the only places where the host waits for the device
-            mean = mean_loss(loss, model, step, world)
+            refuse_infinite(loss.item(), model, step)
         if logs and rank == 0:
             accuracy = models.retrieval(model.similarity(z1, z2))["top1"]
             speed = (step - logged) * args.batch_size / (time.perf_counter() - clock)
-            entry = {"epoch": step / epoch_steps, "step": step, "loss": mean, "lr": rate,
+            entry = {"epoch": step / epoch_steps, "step": step, "loss": loss.item(), "lr": rate,
                      "accuracy": accuracy, "pairs_per_s": speed}
             print(json.dumps(entry), file=log)
-            bar.set_postfix(loss=f"{mean:.3f}", top1=f"{accuracy:.1%}")
+            bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy:.1%}")
         evaluates = step % (args.eval_every * epoch_steps) == 0 or step == total
         if held_crops and evaluates:
             retrieval = look_up(step)

@@ -93,18 +93,6 @@ def test_losses_of_half_precision_are_computed_in_float32(dtype, temperature, ca
         assert whole[1].grad.isfinite().all() and loss_of(z1.double(), z2.double(), temperature).dtype == torch.float64
 
 
-@pytest.mark.parametrize("method", ["d-simclr", "mma"])
-def test_shares_of_processes_add_up_to_the_whole(method):
-    model = models.Contrastive(method, BANDS)
-    shape = (12, 8, 4, 4) if method == "mma" else (12, 16)
-    a, b = (x.requires_grad_() for x in torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).double())
-    whole = model.loss(a, b, 0.1)
-    shares = sum(model.loss(a, b, 0.1, slice(first, first + 4)) for first in (0, 4, 8)) / 3
-    assert abs(whole.item() - shares.item()) < 1e-12
-    for one, other in zip(torch.autograd.grad(whole, (a, b)), torch.autograd.grad(shares, (a, b))):
-        assert relative(other, one) < 1e-12
-
-
 def test_losses_keep_no_more_than_one_matrix_of_pairs():
     """What nt_xent saves for its backward pass: the softmax, not masks, indices or copies of the similarities."""
     saved = []
