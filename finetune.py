@@ -121,9 +121,7 @@ def evaluate(args, content):
     protocol = "finetune" if content else "scratch"
     for settings in linear_eval.planned_runs(args, content, patches, OPTIONS, protocol=protocol):
         task, fraction, seed = (settings[key] for key in ("task", "label_fraction", "seed"))
-        path = None
-        if args.save:
-            path = args.save / f"{args.method}_{task}_{fraction:g}_seed{seed}.pt"
+        path = args.save and args.save / f"{args.method}_{task}_{fraction:g}_seed{seed}.pt"
         if is_done(settings, results, path):
             continue
         chosen = linear_eval.training_rows(
@@ -356,9 +354,10 @@ def classify(model, scaling, images, corners, crop, args):
     images = [torch.from_numpy(image)[None].to(args.device) for image in images]
     by_window = scaling["scale"] == "patch-max"
     if not by_window:  # scaled and brought into the network's form once: windows share pixels
-        bf16 = models.resolve_precision(args.precision, args.device) == "bf16"
-        form = {"dtype": torch.bfloat16 if bf16 else None, "memory_format": torch.channels_last}
-        images = [image.to(**form) for image in models.to_input(*images, **scaling)]
+        precision = models.resolve_precision(args.precision, args.device)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        images = [image.to(dtype, memory_format=torch.channels_last)
+                  for image in models.to_input(*images, **scaling)]
     logits = []
     for batch in np.array_split(corners, math.ceil(len(corners) / args.batch_size)):
         crops = []
@@ -374,8 +373,8 @@ def classify(model, scaling, images, corners, crop, args):
 def map_strips(args, content, model, scaling, scene, step):
     """Yield a map from top to bottom, the next part of the scene read beside the computing: number
     of the first line, values (bands, lines, width) uint8, 255 for no data."""
-    model, crop = model.to(args.device, memory_format=torch.channels_last), content["crop"]
-    grid = grid_of(scene)
+    model.to(args.device, memory_format=torch.channels_last)
+    crop, grid = content["crop"], grid_of(scene)
     tops, ends = windows(grid.height, crop, step)
     lefts, right_ends = windows(grid.width, crop, step)
     n = max(1, STRIP // step)  # lines of windows
@@ -396,7 +395,8 @@ def map_strips(args, content, model, scaling, scene, step):
             values = (100 * logits.sigmoid()).round()
         values = values.byte().cpu().numpy().T.reshape(-1, len(starts), len(lefts))
         values = values.repeat(np.diff(bounds), 1).repeat(np.diff(right_ends), 2)
-        values[:, missing[bounds[0] - starts[0]:bounds[-1] - starts[0]]] = NO_DATA
+        first, last = bounds[0] - starts[0], bounds[-1] - starts[0]  # lines of the strip
+        values[:, missing[first:last]] = NO_DATA
         yield bounds[0], values
 
 

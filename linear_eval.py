@@ -6,10 +6,9 @@
     python linear_eval.py --checkpoint C --data STORE --embed OUT.npz   # embeddings of all patches
     python linear_eval.py --checkpoint C --data STORE --retrieve OUT.png
 
-The encoders run once over the crops that cover each patch. A logistic regression on their features
-is fitted to convergence, its penalty chosen by cross-validation; trained on are the splits `train`
-and `validation`, tested on is `test`. A finished run is one line of results.jsonl and is not
-repeated; `python finetune.py --report results` makes the tables.
+The encoders run once over the crops that cover each patch. A logistic regression on the features is
+fitted to convergence, its penalty chosen by cross-validation; trained on are the splits `train` and
+`validation`, tested on is `test`. A finished run, a line of results.jsonl, is not repeated.
 """
 import argparse
 import contextlib
@@ -32,8 +31,7 @@ import data
 import models
 
 TITLES = {name: row["title"] for name, row in models.METHODS.items()}
-# Of the linear probe:
-PENALTIES = 10.0 ** np.arange(1, -6, -1)  # from strong to weak, as cross-validation tries them
+PENALTIES = 10.0 ** np.arange(1, -6, -1)  # of the probe, from strong to weak
 FOLDS = 5
 SURE = 1e3  # logit of certainty: e^-1000 is 0, while infinity times zero would be NaN
 # L-BFGS needs few steps in variables in which the curvature of the loss is near 1:
@@ -41,15 +39,14 @@ CURVATURE = 0.03  # p (1 - p), that of cross-entropy in a logit, about what it i
 BIAS_UNIT = 10
 LOSS_SCALE = 1e3  # torch's L-BFGS learns nothing from steps that change the loss too little
 CANDIDATES = 1000  # that a retrieval looks among
-PICTURED = 12  # queries in its picture
-NEAREST = 5
+PICTURED, NEAREST = 12, 5  # of them in its picture, and below each
 
 
 def score(task, true, logits):
-    """(n, C) true 0/1 and logits -> {"class": (C,) per class the accuracy (recall) or, of several
-    labels, those above 0.5 predicted, the F1; NaN where a class does not occur; "average": mean of
-    the others; "overall": accuracy of all samples, or F1 of the pooled hits and errors}, and of
-    single labels "confusion": (C, C) samples, rows the true class."""
+    """(n, C) true 0/1 and logits -> {"class": (C,) accuracy of each class or, of several labels,
+    F1 of those above 0.5, NaN where a class does not occur; "average": mean of the others;
+    "overall": accuracy of all samples, or F1 of the pooled hits and errors}, and of single labels
+    "confusion": (C, C) samples, rows the true class."""
     true = true > 0.5
     if task == "single":
         predicted = np.eye(true.shape[1], dtype=bool)[logits.argmax(1)]
@@ -59,11 +56,9 @@ def score(task, true, logits):
         possible = (true.sum(0) + predicted.sum(0)) / 2
     hits = (true & predicted).sum(0)
     of_classes = hits / np.where(true.any(0), possible, np.nan)
-    scores = {"class": of_classes, "average": np.nanmean(of_classes),
-              "overall": hits.sum() / possible.sum()}
-    if task == "single":
-        scores["confusion"] = true.T.astype(int) @ predicted
-    return scores
+    overall = hits.sum() / possible.sum()
+    scores = {"class": of_classes, "average": np.nanmean(of_classes), "overall": overall}
+    return scores if task == "multi" else {**scores, "confusion": true.T.astype(int) @ predicted}
 
 
 def repeats(labels):
@@ -78,16 +73,14 @@ def training_rows(labels, fraction, seed, sampling="patches"):
     `patches`: of each class the first round(fraction * n), at least one, in an order of the seed,
     so that small fractions lie in large ones; `rows`: of the repeated list, as published."""
     rng = np.random.default_rng(seed)
+    rows = np.flatnonzero(labels != data.IGNORE)
+    groups = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
     if sampling == "rows":
-        rows = np.flatnonzero(labels != data.IGNORE)
         groups = [np.repeat(rows, repeats(labels[rows]))]
-    else:
-        known = np.unique(labels[labels != data.IGNORE])
-        groups = [np.flatnonzero(labels == label) for label in known]
     chosen = []
-    for rows in groups:
-        count = max(1, round(fraction * len(rows)))
-        chosen.extend(rng.permutation(rows)[:count])
+    for group in groups:
+        count = max(1, round(fraction * len(group)))
+        chosen.extend(rng.permutation(group)[:count])
     chosen = np.sort(chosen)
     return chosen if sampling == "rows" else np.repeat(chosen, repeats(labels[chosen]))
 
@@ -119,9 +112,8 @@ class Results:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not self.has(settings):  # else another process was faster
                 file.write("\n" + json.dumps({**settings, **scores, **more}))
-        percent = f"{100 * settings['label_fraction']:g} % of labels"
         tqdm.write(f"{TITLES[settings['method']]}, {settings['protocol']}, {settings['task']}-label"
-                   f", {percent}, seed {settings['seed']}: "
+                   f", {100 * settings['label_fraction']:g} % of labels, seed {settings['seed']}: "
                    f"average {scores['average']:.1%}, overall {scores['overall']:.1%}")
 
 
@@ -145,9 +137,7 @@ def make_encoders(args, content, patches, seed):
     """-> a method's encoders: of a checkpoint's content if there is one, else made by the seed."""
     torch.manual_seed(seed)
     encoders = models.make_encoders(args.method, patches.bands, args.arch)
-    if content:
-        encoders, _ = models.load_encoders(content)
-    return encoders
+    return models.load_encoders(content)[0] if content else encoders
 
 
 def encoders_used(args):
@@ -178,8 +168,7 @@ def extract(network, scaling, patches, rows, args, middle=False):
     DataError where x is not finite."""
     batches = data.grid_crops(rows, patches.size, args.crop, args.batch_size, middle)
     labelled, count = patches.labels is not None, len(patches.classes)
-    feed = data.loader(
-        patches, batches, args.crop, args.device, args.threads, classes=labelled)
+    feed = data.loader(patches, batches, args.crop, args.device, args.threads, classes=labelled)
     crops = defaultdict(list)
     for s1, s2, classes, row in tqdm(feed, "over all crops", len(batches), leave=False, delay=1):
         s1, s2 = models.to_input(s1, s2, **scaling)
@@ -215,9 +204,8 @@ def fit(task, x, y, weight, penalty, start=None, tolerance=2e-7, iterations=2000
     unit = curvature.rsqrt()[:, None, None]
     v, c = (w / unit).requires_grad_(), (b / BIAS_UNIT).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [v, c], max_iter=iterations, max_eval=2 * iterations, history_size=50,
-        tolerance_grad=LOSS_SCALE * tolerance, tolerance_change=1e-12,
-        line_search_fn="strong_wolfe")
+        [v, c], max_iter=iterations, max_eval=2 * iterations, line_search_fn="strong_wolfe",
+        tolerance_grad=LOSS_SCALE * tolerance, tolerance_change=1e-12, history_size=50)
 
     def closure():
         optimizer.zero_grad()
@@ -225,8 +213,7 @@ def fit(task, x, y, weight, penalty, start=None, tolerance=2e-7, iterations=2000
         logits = predict(x, w, BIAS_UNIT * c)  # (n, K, C)
         normaliser = logits.logsumexp(2) if task == "single" else F.softplus(logits).sum(2)
         losses = normaliser - (logits * y[:, None]).sum(2)  # (n, K)
-        loss = (losses * weight.T).sum() + penalty / 2 * w.square().sum()
-        loss = LOSS_SCALE * loss
+        loss = LOSS_SCALE * ((losses * weight.T).sum() + penalty / 2 * w.square().sum())
         loss.backward()
         return loss
 
@@ -334,8 +321,7 @@ def embed(args, content):
         arrays |= {"labels": patches.labels[patches.rows], "classes": patches.classes}
     sensors = encoders_used(args)
     for sensor, embedding in zip(sensors, np.split(x, len(sensors), axis=1)):
-        bands = models.bands_of(patches.bands, sensor)
-        arrays |= {sensor: embedding, f"{sensor}_bands": bands}
+        arrays |= {sensor: embedding, f"{sensor}_bands": models.bands_of(patches.bands, sensor)}
     part = Path(f"{args.embed}.tmp")
     with open(part, "wb") as file:
         np.savez(file, **arrays)
@@ -344,21 +330,14 @@ def embed(args, content):
 
 
 def contrastive_model(content):
-    """-> Contrastive of a checkpoint, its scaling. Some released weights lack a projection head:
-    then the features are compared."""
-    heads = content["heads"] if len(content["heads"]) == 2 else {}
+    """-> Contrastive of a checkpoint, its scaling."""
+    heads = content["heads"] if len(content["heads"]) == 2 else {}  # some released weights lack one
     width = len(heads["s1"]["2.weight"]) if heads else 0
     model = models.Contrastive(content["method"], content["bands"], content["arch"], width)
     model.encoders, scaling = models.load_encoders(content)
     for name, weights in heads.items():
         model.heads[name].load_state_dict(weights)
     return model.eval(), scaling
-
-
-def spread(values, count):
-    """At most `count` of an array's values, evenly spread over it."""
-    places = np.linspace(0, len(values) - 1, min(len(values), count))
-    return values[places.astype(int)]
 
 
 def retrieve(args, content):
@@ -372,7 +351,8 @@ def retrieve(args, content):
     if not len(unseen):
         raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: "
                              "a split `test`, or its very data and --holdout above 0 there")
-    rows = spread(unseen, CANDIDATES)
+    places = np.linspace(0, len(unseen) - 1, min(len(unseen), CANDIDATES))
+    rows = unseen[places.astype(int)]
     model, scaling = contrastive_model(content)
     model.to(args.device)
     x = extract(lambda s1, s2: torch.stack(model(s1, s2), 1), scaling, patches, rows, args,
@@ -392,14 +372,14 @@ def draw_retrieval(args, rows, nearest, title):
     """Write a picture of a dozen Sentinel-1 patches, below each the Sentinel-2 patches nearest to
     it, the right one framed. nearest: (N, 5) places in rows."""
     patches = data.Patches(args.data)  # all bands: the encoders may see none that are colours
-    queries = spread(np.arange(len(rows)), PICTURED)
+    queries = np.arange(0, len(rows), math.ceil(len(rows) / PICTURED))
     shown = np.column_stack((queries, nearest[queries]))  # (12, 6): the query, those nearest to it
-    height = shown.shape[1]
-    batches = data.grid_crops(rows[shown.ravel()], patches.size, args.crop, height, middle=True)
+    batches = data.grid_crops(
+        rows[shown.ravel()], patches.size, args.crop, len(shown[0]), middle=True)
     figure = Figure((13.8, 7.6), layout="constrained")
     axes = figure.subplots(*shown.T.shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
     columns = zip(axes.T, shown, data.loader(patches, batches, args.crop))
-    for column, places, (s1, s2, *_) in columns:
+    for column, places, (s1, s2, *_) in columns:  # a batch is what one column shows
         pictures, colours = composite(s2.numpy(), patches.bands["s2"])
         column[0].imshow(s1[0, 0], "gray", vmin=-2500, vmax=0)
         for axis, place, picture in zip(column[1:], places[1:], pictures[1:]):
@@ -417,8 +397,7 @@ def composite(s2, bands):
     shown, white, title = models.RGB, 3000, "true colour"
     if not set(shown) <= set(bands):
         shown = (bands * 3)[:3]
-        white = np.percentile(s2, 98) + 1
-        title = f"false colour {' '.join(shown)}"
+        white, title = np.percentile(s2, 98) + 1, f"false colour {' '.join(shown)}"
     picture = np.stack([s2[..., bands.index(band), :, :] for band in shown], -1)
     return np.clip(picture / white, 0, 1), title
 
@@ -443,7 +422,8 @@ def evaluation_parser(description):
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
     add("--precision", default="auto", choices=("auto", "bf16", "float32"))
     add("--threads", type=data.positive, help="that read (default: one per core, at most 8)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    devices = ("cpu", "cuda")[:1 + torch.cuda.is_available()]
+    add("--device", choices=devices, default=devices[-1])
     return parser
 
 
@@ -456,7 +436,7 @@ def read_options(parser):
     held = {name: content[name] for name in ("method", "arch", "scale")}
     held["bands"] = [*content["bands"]["s1"], *content["bands"]["s2"]]
     # Read once more with the checkpoint's values as defaults: what differs now was typed.
-    parser.set_defaults(**held, crop=content["args"].get("crop", 128))
+    parser.set_defaults(**held, crop=content["args"].get("crop", args.crop))
     args = parser.parse_args()
     if vars(args) | held != vars(args):
         raise models.CheckpointError(f"{args.checkpoint}: holds {held}: leave --method, --arch, "
@@ -472,8 +452,7 @@ def sees(method, sensor):
 def open_patches(args, content):
     """-> the store --data with the bands that the encoders take; DataError where it lacks them. It
     counts as simulated where the encoders learnt from simulated data."""
-    bands = args.bands or models.METHODS[args.method].get("bands")
-    patches = data.Patches(args.data, bands)
+    patches = data.Patches(args.data, args.bands or models.METHODS[args.method].get("bands"))
     for sensor, bands in patches.bands.items():
         if sees(args.method, sensor) and not bands:
             raise data.DataError(f"--bands: {args.method} needs bands of {sensor}")
@@ -501,8 +480,7 @@ def open_labelled(args, content):
 
 def main():
     parser = evaluation_parser(__doc__)
-    add = parser.add_argument
-    add("--sensors", default="both", choices=("both", "s1", "s2"), help="of the encoders")
+    parser.add_argument("--sensors", default="both", choices=("both", "s1", "s2"))
     add = parser.add_mutually_exclusive_group().add_argument
     add("--baseline", choices=("random", "bands"), help="random weights, or mean and sd of bands")
     add("--embed", metavar="OUT.npz", help="write embeddings of all patches, and stop")

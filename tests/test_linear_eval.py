@@ -2,6 +2,7 @@
 import itertools
 import json
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import simulate
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, call, user
+from matplotlib.figure import Figure
 
 import data
 import finetune
@@ -548,6 +550,30 @@ def test_retrieval_as_a_picture(tmp_path, request, checkpoint, monkeypatch, caps
     count = 24 if store == "labelled" else 32  # of the pairs half of the scenes are held out
     assert f"{count} held-out candidates," in capsys.readouterr().out
     assert (tmp_path / "out.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("method", ["d-simclr", "mma"])
+def test_retrieval_with_larger_crops_than_in_training(tmp_path, labelled, monkeypatch, capsys, method):
+    path = save_untrained(tmp_path / "last.pt", data.Patches(labelled), method)  # trained with 32
+    seen, similarity = [], models.Contrastive.similarity
+
+    def watched(model, a, b):
+        seen.append(a.shape[1:])
+        return similarity(model, a, b)
+
+    monkeypatch.setattr(models.Contrastive, "similarity", watched)
+    for options, crop in (((), 32), (("--crop", 40), 40)):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *args, to=figures, **kwargs: to.append(figure))
+        call(monkeypatch, linear_eval, "--checkpoint", path, "--data", labelled, "--retrieve",
+             tmp_path / "out.png", *options)
+        said = f"24 held-out candidates, .*, crops of {crop} px\n"
+        assert re.search(said, capsys.readouterr().out)
+        assert figures[0].get_suptitle().splitlines()[0].endswith(f"crops of {crop} px")
+        shapes = {axis.images[0].get_array().shape[:2] for axis in figures[0].axes}
+        assert shapes == {(crop, crop)}
+    maps = [(256, 4, 4), (256, 5, 5)]  # an eighth of the crops
+    assert seen == (maps if method == "mma" else [(128,)] * 2)
 
 
 def test_composite():
