@@ -14,6 +14,7 @@ finished run is one line of results.jsonl and is not repeated; each epoch's loss
 import itertools
 import json
 import math
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -32,21 +33,25 @@ from linear_eval import TITLES
 HEADINGS = {"single": ("Single-label classification, accuracy", "OA"),
             "multi": ("Multi-label classification, F1", "O-F1")}
 SCORES = ("average", "overall")
-# Scheibenreif, Mommert, Borth 2022: average and overall in percent, single-label and multi-label.
-POSTER = {"only-s1": {"single": (57, 62), "multi": (57, 62)},
-          "only-s2": {"single": (57, 62), "multi": (58, 63)},
-          "early-fusion": {"single": (62, 66), "multi": (60, 62)},
-          "late-fusion": {"single": (62, 65), "multi": (54, 61)},
-          "simclr-rgb": {"single": (49, 58), "multi": (39, 49)},
-          "d-simclr": {"single": (70, 70), "multi": (67, 69)},
-          "mma": {"single": (69, 69), "multi": (62, 66)}}
+# Scheibenreif, Mommert, Borth 2022: average and overall in percent.
+POSTER = {
+    "single": {"only-s1": (57, 62), "only-s2": (57, 62), "early-fusion": (62, 66),
+               "late-fusion": (62, 65), "simclr-rgb": (49, 58), "d-simclr": (70, 70),
+               "mma": (69, 69)},
+    "multi": {"only-s1": (57, 62), "only-s2": (58, 63), "early-fusion": (60, 62),
+              "late-fusion": (54, 61), "simclr-rgb": (39, 49), "d-simclr": (67, 69),
+              "mma": (62, 66)}}
 # Its figure: percent of the labels; marker, colour and single-label averages of each curve.
 PERCENT = (1, 10, 50, 100)
 CURVES = {"mma": ("o", "#c0392b", (47.5, 59.7, 64.2, 69.0)),
           "d-simclr": ("s", "#2b6cb0", (36.5, 65.3, 68.4, 70.0)),
           "early-fusion": ("^", "#1b7837", (34.6, 52.2, 55.1, 62.0)),
           "late-fusion": ("v", "#e08214", (39.8, 50.0, 61.7, 62.0))}
+ORDER = [*TITLES.values(), "Band means and sd"]  # of a table's rows, the poster's first
+# What a run was made with, beside what linear_eval.py tells of its own:
+OPTIONS = ("epochs", "batch_size", "lr", "classifier_lr", "weight_decay", "drop_epoch")
 STRIP = 256  # px of a map that are made at a time
+NO_DATA = 255  # in a map
 # Of the classes in their order, as in data.CLASSES; from the ninth on again.
 COLOURS = ["1b7837", "a6a04c", "a6d96a", "5aae9e", "f2c14e", "c0392b", "b9a596", "2b6cb0"]
 
@@ -94,78 +99,94 @@ def train(model, scaling, patches, rows, task, seed, args, name):
             print(json.dumps({"run": name, "epoch": epoch + 1, "loss": loss}), file=log)
 
 
+def is_done(settings, results, path):
+    """Whether a run has its result line and, where it is to be kept, its classifier. DataError
+    where that file is of a run with other settings."""
+    if path is None:
+        return results.has(settings)
+    if not path.exists():
+        return False
+    if models.load_checkpoint(path).get("run") != settings:
+        raise data.DataError(f"{path}: has other settings: choose another --save")
+    return results.has(settings)
+
+
 def evaluate(args, content):
-    """Train and test a classifier per task, label fraction and seed: a result line each."""
+    """Train and test a classifier per seed, task and label fraction: a result line each."""
     patches, train_rows, test_rows, scaling = linear_eval.open_labelled(args, content)
     if models.spoils_gradients(args.method, args.crop, args.precision, args.device):
         raise data.DataError(f"--crop {args.crop}: on a CPU bf16 gradients of a ResNet are wrong "
                              "up to 16 px: choose --precision float32, or more")
-    results, labels = linear_eval.Results(args.results), patches.labels[train_rows]
-    fixed = {"protocol": "finetune" if content else "scratch",
-             **linear_eval.describe(args, content, patches, "epochs", "batch_size", "lr",
-                                    "classifier_lr", "weight_decay", "drop_epoch")}
-    for task, fraction, seed in itertools.product(args.task, args.label_fraction,
-                                                  range(args.seeds)):
-        key = {**fixed, "task": task, "label_fraction": fraction, "seed": seed}
+    results = linear_eval.Results(args.results)
+    protocol = "finetune" if content else "scratch"
+    for settings in linear_eval.planned_runs(args, content, patches, OPTIONS, protocol=protocol):
+        task, fraction, seed = (settings[key] for key in ("task", "label_fraction", "seed"))
         path = args.save and args.save / f"{args.method}_{task}_{fraction:g}_seed{seed}.pt"
-        kept = path and path.exists()
-        if kept and models.load_checkpoint(path).get("run") != key:
-            raise data.DataError(f"{path}: has other settings: choose another --save")
-        if results.has(key) and (kept or not path):
+        if is_done(settings, results, path):
             continue
-        name = f"{args.method} {task} {100 * fraction:g} % seed {seed}"
-        chosen = linear_eval.training_rows(labels, fraction, seed, args.label_sampling)
+        chosen = linear_eval.training_rows(
+            patches.labels[train_rows], fraction, seed, args.label_sampling)
         encoders = linear_eval.make_encoders(args, content, patches, seed)
         model = models.Classifier(encoders, len(patches.classes))
+        name = f"{args.method} {task} {100 * fraction:g} % seed {seed}"
         train(model, scaling, patches, train_rows[chosen], task, seed, args, name)
         crops = linear_eval.extract(model.eval(), scaling, patches, test_rows, args)
-        has = crops[task].any(1)
-        scores = linear_eval.score(task, crops[task][has], crops["x"][has])
-        counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen),
-                  "test_crops": int(has.sum())}
+        labelled = crops[task].any(1)
+        scores = linear_eval.score(task, crops[task][labelled], crops["x"][labelled])
         if path:
-            models.save_checkpoint(
-                path, model, method=args.method, arch=args.arch, bands=patches.bands, **scaling,
-                classes=patches.classes, simulated=patches.simulated, task=task, crop=args.crop,
-                args=key["args"], run=key, scores={name: float(scores[name]) for name in SCORES})
-        results.add(key, scores, counts=counts)
+            keep(path, model, scaling, settings, scores)
+        counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen),
+                  "test_crops": int(labelled.sum())}
+        results.add(settings, scores, counts=counts)
+
+
+def keep(path, model, scaling, settings, scores):
+    """--save: write a trained classifier with all that a map needs to know, and how good it is."""
+    same = {key: settings[key] for key in ("method", "classes", "simulated", "task", "args")}
+    same |= {key: settings["args"][key] for key in ("arch", "bands", "crop")}
+    scores = {name: float(scores[name]) for name in SCORES}
+    models.save_checkpoint(path, model, **same, **scaling, run=settings, scores=scores)
 
 
 def row_title(line):
     """Name of the table row that a result line belongs to."""
     title = TITLES[line["method"]]
-    if line["protocol"] == "linear":
-        titles = {"random": f"{title}, random weights", "bands": "Band means and sd"}
-        return titles.get(line["baseline"], title)
-    pretrained = models.METHODS[line["method"]]["pretrained"]
-    return f"{title}, from scratch" if line["protocol"] == "scratch" and pretrained else title
+    if line["protocol"] == "scratch" and models.METHODS[line["method"]]["pretrained"]:
+        return f"{title}, from scratch"
+    if line.get("baseline") == "random":
+        return f"{title}, random weights"
+    return ORDER[-1] if line.get("baseline") else title
 
 
 def grouped(lines, key):
     """-> {key(line): the lines that have it}."""
-    groups = {}
+    groups = defaultdict(list)
     for line in lines:
-        groups.setdefault(key(line), []).append(line)
+        groups[key(line)].append(line)
     return groups
+
+
+def settings_of(line):
+    """What tells a run from others of its table row -> set of (name, value as text)."""
+    settings = {key: line[key] for key in ("method", "checkpoint", "data")} | line["args"]
+    settings["bands"] = " ".join(itertools.chain(*settings["bands"].values()))
+    return frozenset((name, str(value)) for name, value in settings.items())
 
 
 def table_rows(lines):
     """Result lines -> {row title: lines}, in the poster's order. Runs of one row with different
     settings become rows of their own, named by what differs."""
+    def place(line):
+        title = row_title(line)
+        return ORDER.index(title.split(",")[0]), title
 
-    def settings(line):
-        told = line["args"] | {name: line[name] for name in ("method", "checkpoint", "data")}
-        told["bands"] = " ".join(itertools.chain(*told["bands"].values()))
-        return frozenset((name, str(value)) for name, value in told.items())
-
-    order, rows = [*TITLES.values(), "Band means and sd"], {}
-    by_title = grouped(lines, row_title)
-    for title in sorted(by_title, key=lambda title: (order.index(title.split(",")[0]), title)):
-        groups = grouped(by_title[title], settings)
-        common = frozenset.intersection(*groups)
-        for pairs, group in groups.items():
-            differ = ", ".join(" ".join(pair) for pair in sorted(pairs - common))
-            rows[f"{title} [{differ}]" if differ else title] = group
+    rows = {}
+    for (_, title), group in grouped(sorted(lines, key=place), place).items():
+        variants = grouped(group, settings_of)
+        common = frozenset.intersection(*variants)
+        for settings, variant in variants.items():
+            differ = ", ".join(" ".join(pair) for pair in sorted(settings - common))
+            rows[f"{title} [{differ}]" if differ else title] = variant
     return rows
 
 
@@ -178,29 +199,33 @@ def percent(values):
 
 def markdown(header, rows):
     """Markdown table, or what stands in its place where there is nothing in it."""
-    lines = ["| " + " | ".join(map(str, row)) + " |" for row in
-             (header, ["---"] * len(header), *rows)]
-    return "\n".join(lines) + "\n" if rows else "No results.\n"
+    if not rows:
+        return "No results.\n"
+    text = ""
+    for row in (header, ["---"] * len(header), *rows):
+        text += "| " + " | ".join(map(str, row)) + " |\n"
+    return text
 
 
 def main_table(lines, task, classes, beside_poster):
     """One of the poster's two tables as Markdown."""
     heading, pooled = HEADINGS[task]
-    named = table_rows([line for line in lines if line["task"] == task
-                        and line["protocol"] != "linear" and line["label_fraction"] == 1])
-    means = {title: 100 * np.mean([line["average"] for line in group])
-             for title, group in named.items()}
+    shown = [line for line in lines if line["task"] == task and line["label_fraction"] == 1]
+    named = table_rows(shown)
+    means = {}
+    for title, group in named.items():
+        means[title] = 100 * np.mean([line["average"] for line in group])
     rows = []
     for title, group in named.items():
-        cells = [percent(values) for values in zip(*(line["class"] for line in group))]
+        of_classes = zip(*(line["class"] for line in group))
         average, overall = (percent(line[name] for line in group) for name in SCORES)
         if means[title] == max(means.values()):
             average = f"**{average}**"
         if beside_poster and row_title(group[0]) in TITLES.values():
-            published = POSTER[group[0]["method"]][task]
+            published = POSTER[task][group[0]["method"]]
             average += f" (poster {published[0]}: {means[title] - published[0]:+.0f})"
             overall += f" (poster {published[1]})"
-        rows.append([title, *cells, average, overall, len(group)])
+        rows.append([title, *map(percent, of_classes), average, overall, len(group)])
     return f"### {heading}, %\n\n{markdown(['', *classes, 'Average', pooled, 'seeds'], rows)}"
 
 
@@ -211,8 +236,9 @@ def probe_table(lines):
         inputs = grouped(group, lambda line: (line["sensors"], line["label_fraction"]))
         for (sensors, fraction), runs in sorted(inputs.items()):
             tasks = grouped(runs, lambda line: line["task"])
-            cells = [percent(line[name] for line in tasks.get(task, ()))
-                     for task in HEADINGS for name in SCORES]
+            cells = []
+            for task, name in itertools.product(HEADINGS, SCORES):
+                cells.append(percent(line[name] for line in tasks[task]))
             seeds = max(map(len, tasks.values()))
             rows.append([title, sensors, f"{100 * fraction:g} %", *cells, seeds])
     header = ["features", "sensors", "labels", "single average", "OA", "multi average", "O-F1",
@@ -223,20 +249,39 @@ def probe_table(lines):
 def draw_fractions(axis, lines, beside_poster):
     """Average accuracy against the share of labels: our mean and standard deviation over seeds, and
     the poster's points."""
-    for method, (marker, _, averages) in CURVES.items() if beside_poster else ():
-        axis.plot(PERCENT, averages, marker, color="0.6", ms=5, label=f"{TITLES[method]}, poster")
+    for method, (marker, colour, published) in CURVES.items():
+        if beside_poster:
+            label = f"{TITLES[method]}, poster"
+            axis.plot(PERCENT, published, marker, color="0.6", ms=5, label=label)
     curves = [line for line in lines if line["task"] == "single" and line["method"] in CURVES
-              and line["protocol"] != "linear" and row_title(line) in TITLES.values()]
+              and row_title(line) in TITLES.values()]
     for title, group in table_rows(curves).items():
-        points = []
+        shares, means, spreads = [], [], []
         for fraction, runs in sorted(grouped(group, lambda line: line["label_fraction"]).items()):
             averages = [100 * line["average"] for line in runs]
-            points.append((100 * fraction, np.mean(averages), np.std(averages, ddof=len(runs) > 1)))
+            shares.append(100 * fraction)
+            means.append(np.mean(averages))
+            spreads.append(np.std(averages, ddof=len(runs) > 1))
         marker, colour, _ = CURVES[group[0]["method"]]
-        axis.errorbar(*zip(*points), color=colour, marker=marker, capsize=3, label=title)
+        axis.errorbar(shares, means, spreads, color=colour, marker=marker, capsize=3, label=title)
     axis.set(xscale="log", xlabel="labelled training data, %", ylabel="average accuracy, %")
     axis.set_xticks(PERCENT, map(str, PERCENT))
     axis.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False)
+
+
+def report_part(axis, lines, classes, simulated):
+    """Draw the figure of all results with these classes -> their three tables."""
+    published = classes == tuple(data.CLASSES)
+    beside_poster = published and not simulated
+    title = "DFC2020" if published else ", ".join(classes)
+    note = ", beside the poster (Scheibenreif, Mommert, Borth 2022)" if beside_poster else ""
+    probed = [line for line in lines if line["protocol"] == "linear"]
+    trained = [line for line in lines if line["protocol"] != "linear"]
+    draw_fractions(axis, trained, beside_poster)
+    warning = "SIMULATED data, " if simulated else ""
+    axis.set_title(f"{warning}{title}, single-label", fontsize=10)
+    tables = [main_table(trained, task, classes, beside_poster) for task in HEADINGS]
+    return "\n".join([f"## {title}{note}\n", *tables, probe_table(probed)])
 
 
 def report(folder):
@@ -253,15 +298,7 @@ def report(folder):
     figure = Figure((5.6 * len(by_classes), 4), layout="constrained")
     axes = figure.subplots(1, len(by_classes), squeeze=False)
     for axis, (classes, group) in zip(axes[0], by_classes.items()):
-        published = classes == tuple(data.CLASSES)
-        title = "DFC2020" if published else ", ".join(classes)
-        beside_poster = published and not simulated
-        note = ", beside the poster (Scheibenreif, Mommert, Borth 2022)" * beside_poster
-        parts.append(f"## {title}{note}\n")
-        parts += [main_table(group, task, classes, beside_poster) for task in HEADINGS]
-        parts.append(probe_table([line for line in group if line["protocol"] == "linear"]))
-        draw_fractions(axis, group, beside_poster)
-        axis.set_title(f"{'SIMULATED data, ' * simulated}{title}, single-label", fontsize=10)
+        parts.append(report_part(axis, group, classes, simulated))
     text = "\n".join(parts)
     print(text)
     (folder / "tables.md").write_text(text)
@@ -273,24 +310,33 @@ def open_scene(args, content):
     """-> {sensor: data.Raster} of what a classifier looks at, on one grid. DataError where a raster
     does not fit."""
     scene = {}
-    for sensor, needed in content["bands"].items():
-        if sensor in "+".join(models.METHODS[content["method"]]["inputs"]):
-            path = vars(args)[sensor]
-            if not path:
-                raise data.DataError(f"--{sensor}: the classifier needs a GeoTIFF of {needed}")
-            scene[sensor] = data.Raster(path, sensor, needed, args.s2_offset)
+    for sensor, bands in content["bands"].items():
+        if not linear_eval.sees(content["method"], sensor):
+            continue
+        path = getattr(args, sensor)
+        if not path:
+            raise data.DataError(f"--{sensor}: the classifier needs a GeoTIFF of {bands}")
+        scene[sensor] = data.Raster(path, sensor, bands, args.s2_offset)
     if len(scene) == 2:
         data.refuse_other_grid(scene["s1"].tif, scene["s2"].tif)
     return scene
 
 
+def grid_of(scene):
+    """-> the open raster on whose grid a map lies."""
+    raster = scene.get("s2") or scene["s1"]
+    return raster.tif
+
+
 def read_strip(scene, bands, window):
     """A window of a scene -> S1 and S2 (c, h, w) float32, NaN where there is no data, 0 if the
     classifier does not look at it; (h, w) bool: a sensor has none there."""
-    shape, images = (window.height, window.width), []
+    images = []
     for sensor, names in bands.items():
-        blank = np.zeros((len(names), *shape), np.float32)
-        images.append(scene[sensor].values(window) if sensor in scene else blank)
+        if sensor in scene:
+            images.append(scene[sensor].values(window))
+        else:
+            images.append(np.zeros((len(names), window.height, window.width), np.float32))
     return images, np.isnan(np.concatenate(images)).any(0)
 
 
@@ -306,9 +352,13 @@ def windows(length, crop, step):
 def classify(model, scaling, images, corners, crop, args):
     """Windows of S1 and S2 (c, h, w) at corners (top, left) -> (N, classes) float32 logits."""
     images = [torch.from_numpy(image)[None].to(args.device) for image in images]
-    by_window, logits = scaling["scale"] == "patch-max", []
-    if not by_window:  # each pixel is scaled once, though several windows see it
-        images = models.to_input(*images, **scaling)
+    by_window = scaling["scale"] == "patch-max"
+    if not by_window:  # scaled and brought into the network's form once: windows share pixels
+        precision = models.resolve_precision(args.precision, args.device)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        images = [image.to(dtype, memory_format=torch.channels_last)
+                  for image in models.to_input(*images, **scaling)]
+    logits = []
     for batch in np.array_split(corners, math.ceil(len(corners) / args.batch_size)):
         crops = []
         for image in images:
@@ -323,16 +373,16 @@ def classify(model, scaling, images, corners, crop, args):
 def map_strips(args, content, model, scaling, scene, step):
     """Yield a map from top to bottom, the next part of the scene read beside the computing: number
     of the first line, values (bands, lines, width) uint8, 255 for no data."""
-    model, crop = model.to(args.device, memory_format=torch.channels_last), content["crop"]
-    raster = (scene.get("s2") or scene["s1"]).tif
-    tops, ends = windows(raster.height, crop, step)
-    lefts, right_ends = windows(raster.width, crop, step)
+    model.to(args.device, memory_format=torch.channels_last)
+    crop, grid = content["crop"], grid_of(scene)
+    tops, ends = windows(grid.height, crop, step)
+    lefts, right_ends = windows(grid.width, crop, step)
     n = max(1, STRIP // step)  # lines of windows
     strips = [(tops[k:k + n], ends[k:k + n + 1]) for k in range(0, len(tops), n)]
 
     def read(strip):
         starts, _ = strip
-        window = Window(0, starts[0], raster.width, starts[-1] + crop - starts[0])
+        window = Window(0, starts[0], grid.width, starts[-1] + crop - starts[0])
         return read_strip(scene, content["bands"], window)
 
     work = zip(strips, data.ahead(read, strips, 1, 1))
@@ -345,46 +395,62 @@ def map_strips(args, content, model, scaling, scene, step):
             values = (100 * logits.sigmoid()).round()
         values = values.byte().cpu().numpy().T.reshape(-1, len(starts), len(lefts))
         values = values.repeat(np.diff(bounds), 1).repeat(np.diff(right_ends), 2)
-        values[:, missing[bounds[0] - starts[0]:bounds[-1] - starts[0]]] = 255
+        first, last = bounds[0] - starts[0], bounds[-1] - starts[0]  # lines of the strip
+        values[:, missing[first:last]] = NO_DATA
         yield bounds[0], values
+
+
+def refuse_map(args, scene, crop, step):
+    """DataError where the windows do not fit the scene, or where the map would overwrite a file
+    that it is made from."""
+    grid = grid_of(scene)
+    if not step <= crop <= min(grid.shape):
+        raise data.DataError(
+            f"{grid.name}: {grid.width} x {grid.height} px, --step {step}: the windows of the "
+            f"classifier are {crop} x {crop} px: give a larger scene or a smaller step")
+    used = [args.classifier]
+    for raster in scene.values():
+        used += raster.tif.files  # a VRT has several
+    for path in used:
+        if args.map.resolve() == Path(path).resolve():
+            raise data.DataError(f"--map {args.map}: would overwrite {path}: choose another name")
+
+
+def write_tif(path, content, scene, strips):
+    """Write the parts of a map, see map_strips(), with names and colours of the classes."""
+    names, grid = content["classes"], grid_of(scene)
+    multi = content["task"] == "multi"
+    with rasterio.open(
+            path, "w", driver="GTiff", dtype="uint8", nodata=NO_DATA, compress="deflate",
+            height=grid.height, width=grid.width, count=len(names) if multi else 1,
+            crs=grid.crs, transform=grid.transform) as tif:
+        if multi:
+            tif.descriptions = [f"{name}, %" for name in names]
+        else:
+            colours = [(*bytes.fromhex(colour), 255) for colour in COLOURS]
+            tif.write_colormap(1, dict(zip(range(len(names)), itertools.cycle(colours))))
+        for top, values in strips:
+            tif.write(values, window=Window(0, top, grid.width, values.shape[1]))
+        tags = {key: content[key] for key in ("method", "task", "simulated")}
+        tags |= {f"class_{number}": name for number, name in enumerate(names)}
+        offsets = [raster.offset or 0 for raster in scene.values()]
+        tif.update_tags(**tags, s2_offset=max(offsets))
+    with rasterio.open(path) as tif:  # read again, since writing does not tell of a full disk
+        for band in tif.indexes:
+            tif.checksum(band)
 
 
 def write_map(args):
     """--map: classes of a whole scene, georeferenced; all or nothing."""
     content = models.load_checkpoint(args.classifier)
     model, scaling, _ = models.load_classifier(content)
-    names, crop, multi = content["classes"], content["crop"], content["task"] == "multi"
-    scene, step = open_scene(args, content), args.step or crop // 2
-    raster = (scene.get("s2") or scene["s1"]).tif
-    if not step <= crop <= min(raster.shape):
-        raise data.DataError(
-            f"{raster.name}: {raster.width} x {raster.height} px, --step {step}: the windows of "
-            f"the classifier are {crop} x {crop} px: give a larger scene or a smaller step")
-    sources = [raster.tif.files for raster in scene.values()]  # a VRT has several
-    for path in itertools.chain([args.classifier], *sources):
-        if args.map.resolve() == Path(path).resolve():
-            raise data.DataError(f"--map {args.map}: would overwrite {path}: choose another name")
+    scene = open_scene(args, content)
+    step = args.step or content["crop"] // 2
+    refuse_map(args, scene, content["crop"], step)
     part = args.map.with_suffix(".part.tif")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with rasterio.open(
-                part, "w", driver="GTiff", dtype="uint8", nodata=255, compress="deflate",
-                height=raster.height, width=raster.width, count=len(names) if multi else 1,
-                crs=raster.crs, transform=raster.transform) as tif:
-            if multi:
-                tif.descriptions = [f"{name}, %" for name in names]
-            else:
-                colours = [(*bytes.fromhex(colour), 255) for colour in COLOURS]
-                tif.write_colormap(1, dict(zip(range(len(names)), itertools.cycle(colours))))
-            for top, values in map_strips(args, content, model, scaling, scene, step):
-                tif.write(values, window=Window(0, top, raster.width, values.shape[1]))
-            tags = {key: content[key] for key in ("method", "task", "simulated")}
-            tags |= {f"class_{number}": name for number, name in enumerate(names)}
-            offsets = [raster.offset or 0 for raster in scene.values()]
-            tif.update_tags(**tags, s2_offset=max(offsets))
-        with rasterio.open(part) as tif:  # read again, since writing does not tell of a full disk
-            for band in tif.indexes:
-                tif.checksum(band)
+        write_tif(part, content, scene, map_strips(args, content, model, scaling, scene, step))
         part.replace(args.map)
     except rasterio.errors.RasterioError as error:  # a full disk, a scene that is cut off
         raise data.DataError(f"{args.map}: {error.__cause__ or error}: free space, or mend "
@@ -392,10 +458,8 @@ def write_map(args):
     finally:
         part.unlink(missing_ok=True)
     for raster in scene.values():
-        plain = raster.numbers == [*raster.tif.indexes] and raster.tif.nodata is None
-        if raster.offset or not plain:
-            print(f"{raster.name}: {' '.join(raster.bands)} are its bands {raster.numbers}, no "
-                  f"data is {raster.tif.nodata}, {raster.offset or 0:,} was subtracted")
+        print(f"{raster.name}: {' '.join(raster.bands)} are its bands {raster.numbers}, no data is "
+              f"{raster.tif.nodata}, {raster.offset or 0:,} was subtracted")
     print(f"wrote {args.map}; tests/show.py draws it")
 
 

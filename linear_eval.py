@@ -6,14 +6,14 @@
     python linear_eval.py --checkpoint C --data STORE --embed OUT.npz   # embeddings of all patches
     python linear_eval.py --checkpoint C --data STORE --retrieve OUT.png
 
-The encoders run once over the crops that cover each patch. A logistic regression on their features
-is fitted to convergence, its penalty chosen by cross-validation; trained on are the splits `train`
-and `validation`, tested on is `test`. A finished run is one line of results.jsonl and is not
-repeated; `python finetune.py --report results` makes the tables.
+The encoders run once over the crops that cover each patch. A logistic regression on the features is
+fitted to convergence, its penalty chosen by cross-validation; trained on are the splits `train` and
+`validation`, tested on is `test`. A finished run, a line of results.jsonl, is not repeated.
 """
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -31,35 +31,34 @@ import data
 import models
 
 TITLES = {name: row["title"] for name, row in models.METHODS.items()}
-PENALTIES = 10.0 ** np.arange(1, -6, -1)
-
-
-def single_scores(true, predicted, count=8):
-    """Arrays (N,) of true classes and predictions -> {"class": (count,) accuracy per class, NaN
-    where it does not occur, "average": mean of the others, "overall": accuracy of all samples,
-    "confusion": (count, count) samples, rows the true class}."""
-    confusion = np.zeros((count, count), int)
-    np.add.at(confusion, (true, predicted), 1)
-    right, total = confusion.diagonal(), confusion.sum(1)
-    accuracy = np.where(total, right / np.maximum(total, 1), np.nan)
-    return {"class": accuracy, "average": np.nanmean(accuracy),
-            "overall": right.sum() / max(total.sum(), 1), "confusion": confusion}
-
-
-def multi_scores(true, predicted):
-    """Arrays (N, C) of true and predicted 0/1 -> {"class": (C,) F1 per class, NaN where it does not
-    occur, "average": mean of the others, "overall": F1 of the pooled hits and errors}."""
-    true, predicted = true > 0.5, predicted > 0.5
-    hits, marked = 2 * (true & predicted).sum(0), true.sum(0) + predicted.sum(0)
-    f1 = np.where(true.any(0), hits / np.maximum(marked, 1), np.nan)
-    return {"class": f1, "average": np.nanmean(f1), "overall": hits.sum() / max(marked.sum(), 1)}
+PENALTIES = 10.0 ** np.arange(1, -6, -1)  # of the probe, from strong to weak
+FOLDS = 5
+SURE = 1e3  # logit of certainty: e^-1000 is 0, while infinity times zero would be NaN
+# L-BFGS needs few steps in variables in which the curvature of the loss is near 1:
+CURVATURE = 0.03  # p (1 - p), that of cross-entropy in a logit, about what it is once fitted
+BIAS_UNIT = 10
+LOSS_SCALE = 1e3  # torch's L-BFGS learns nothing from steps that change the loss too little
+CANDIDATES = 1000  # that a retrieval looks among
+PICTURED, NEAREST = 12, 5  # of them in its picture, and below each
 
 
 def score(task, true, logits):
-    """(N, C) true 0/1 and logits -> scores. Of several labels those above 0.5 are predicted."""
-    if task == "multi":
-        return multi_scores(true, logits > 0)
-    return single_scores(true.argmax(1), logits.argmax(1), logits.shape[1])
+    """(n, C) true 0/1 and logits -> {"class": (C,) accuracy of each class or, of several labels,
+    F1 of those above 0.5, NaN where a class does not occur; "average": mean of the others;
+    "overall": accuracy of all samples, or F1 of the pooled hits and errors}, and of single labels
+    "confusion": (C, C) samples, rows the true class."""
+    true = true > 0.5
+    if task == "single":
+        predicted = np.eye(true.shape[1], dtype=bool)[logits.argmax(1)]
+        possible = true.sum(0)
+    else:
+        predicted = logits > 0
+        possible = (true.sum(0) + predicted.sum(0)) / 2
+    hits = (true & predicted).sum(0)
+    of_classes = hits / np.where(true.any(0), possible, np.nan)
+    overall = hits.sum() / possible.sum()
+    scores = {"class": of_classes, "average": np.nanmean(of_classes), "overall": overall}
+    return scores if task == "multi" else {**scores, "confusion": true.T.astype(int) @ predicted}
 
 
 def repeats(labels):
@@ -73,47 +72,65 @@ def training_rows(labels, fraction, seed, sampling="patches"):
     """Rows to train on, repeated to balance the classes, of labels (N,), 255 for none. sampling
     `patches`: of each class the first round(fraction * n), at least one, in an order of the seed,
     so that small fractions lie in large ones; `rows`: of the repeated list, as published."""
-    rng, rows = np.random.default_rng(seed), np.flatnonzero(labels != data.IGNORE)
+    rng = np.random.default_rng(seed)
+    rows = np.flatnonzero(labels != data.IGNORE)
+    groups = [rows[labels[rows] == label] for label in np.unique(labels[rows])]
     if sampling == "rows":
-        repeated = np.repeat(rows, repeats(labels[rows]))
-        return np.sort(rng.permutation(repeated)[:max(1, round(fraction * len(repeated)))])
+        groups = [np.repeat(rows, repeats(labels[rows]))]
     chosen = []
-    for label in np.unique(labels[rows]):
-        order = rng.permutation(rows[labels[rows] == label])
-        chosen.append(order[:max(1, round(fraction * len(order)))])
-    chosen = np.sort(np.concatenate(chosen))
-    return np.repeat(chosen, repeats(labels[chosen]))
+    for group in groups:
+        count = max(1, round(fraction * len(group)))
+        chosen.extend(rng.permutation(group)[:count])
+    chosen = np.sort(chosen)
+    return chosen if sampling == "rows" else np.repeat(chosen, repeats(labels[chosen]))
 
 
 class Results:
-    """Folder with results.jsonl, one JSON line per finished run; several processes may add to it
-    at a time. The part of a line that is known before the run is its key."""
+    """Folder with results.jsonl, one JSON line per finished run: first its settings, see
+    planned_runs(), then what came out. Several processes may add lines at a time."""
 
     def __init__(self, folder):
         self.path = Path(folder) / "results.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self):
-        lines, text = [], self.path.read_text(errors="replace") if self.path.exists() else ""
+        lines = []
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
         for line in text.splitlines():
             with contextlib.suppress(ValueError):  # empty, cut off by a kill, NULs by a power cut
                 lines.append(json.loads(line))
         return lines
 
-    def has(self, key):
-        return any(key.items() <= line.items() for line in self.read())
+    def has(self, settings):
+        return any(settings.items() <= line.items() for line in self.read())
 
-    def add(self, key, scores, **more):
+    def add(self, settings, scores, **more):
         """A class that does not occur is null in the file."""
         scores = {name: np.round(values, 6).tolist() for name, values in scores.items()}
         scores["class"] = [None if math.isnan(value) else value for value in scores["class"]]
         with open(self.path, "a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not self.has(key):  # else another process was faster
-                file.write("\n" + json.dumps({**key, **scores, **more}))
-        tqdm.write(f"{TITLES[key['method']]}, {key['protocol']}, {key['task']}-label, "
-                   f"{100 * key['label_fraction']:g} % of labels, seed {key['seed']}: "
+            if not self.has(settings):  # else another process was faster
+                file.write("\n" + json.dumps({**settings, **scores, **more}))
+        tqdm.write(f"{TITLES[settings['method']]}, {settings['protocol']}, {settings['task']}-label"
+                   f", {100 * settings['label_fraction']:g} % of labels, seed {settings['seed']}: "
                    f"average {scores['average']:.1%}, overall {scores['overall']:.1%}")
+
+
+def planned_runs(args, content, patches, options=(), **more):
+    """-> the settings of each run, by seed, task and label fraction: a dict of all that decides its
+    result. options: names of those that only one script has. more: what else it was made with."""
+    names = ("crop", "scale", "arch", "label_sampling", *options)
+    chosen = {name: getattr(args, name) for name in names}
+    chosen["precision"] = models.resolve_precision(args.precision, args.device)
+    chosen["bands"] = patches.bands
+    weights = Path(args.checkpoint).read_bytes() if content else None
+    checkpoint = weights and hashlib.sha256(weights).hexdigest()[:12]
+    common = {**more, "method": args.method, "data": patches.identity, "classes": patches.classes,
+              "simulated": patches.simulated, "args": chosen, "checkpoint": checkpoint}
+    runs = itertools.product(range(args.seeds), args.task, args.label_fraction)
+    return [{**common, "task": task, "label_fraction": fraction, "seed": seed}
+            for seed, task, fraction in runs]
 
 
 def make_encoders(args, content, patches, seed):
@@ -123,17 +140,24 @@ def make_encoders(args, content, patches, seed):
     return models.load_encoders(content)[0] if content else encoders
 
 
+def encoders_used(args):
+    """Names of the method's encoders that --sensors leaves. DataError where none is left."""
+    inputs = models.METHODS[args.method]["inputs"]
+    names = [name for name in inputs if args.sensors in ("both", name)]
+    if not names:
+        raise data.DataError(f"--sensors {args.sensors}: {args.method} has no such encoder")
+    return names
+
+
 def frozen_network(args, content, patches, seed=0):
     """Encoders of the checkpoint's content or of --baseline, those of --sensors -> function of both
     network inputs that gives their features side by side, (N, D)."""
     encoders = make_encoders(args, content, patches, seed).eval()
     encoders.to(args.device, memory_format=torch.channels_last)
+    used = {name: encoders[name] for name in encoders_used(args)}
     if args.baseline == "bands":  # (N, c, h, w) -> (N, 2c), standard deviation and mean of each
-        encoders = dict.fromkeys(encoders, lambda x: torch.cat(torch.std_mean(x, (2, 3)), 1))
-    used = {name: encoder for name, encoder in encoders.items() if args.sensors in ("both", name)}
-    if not used:
-        raise data.DataError(f"--sensors {args.sensors}: {args.method} has no such encoder")
-    return lambda s1, s2: models.joined_features(used, s1, s2)
+        used = dict.fromkeys(used, lambda x: torch.cat(torch.std_mean(x, (2, 3)), 1))
+    return functools.partial(models.joined_features, used)
 
 
 @torch.no_grad()
@@ -143,17 +167,18 @@ def extract(network, scaling, patches, rows, args, middle=False):
     there are class maps the crop's labels, "single" and "multi", (n, C) 0/1, all 0 for none.
     DataError where x is not finite."""
     batches = data.grid_crops(rows, patches.size, args.crop, args.batch_size, middle)
-    feed = data.loader(patches, batches, args.crop, args.device, args.threads,
-                       classes=patches.labels is not None)
-    crops, count = defaultdict(list), len(patches.classes)
+    labelled, count = patches.labels is not None, len(patches.classes)
+    feed = data.loader(patches, batches, args.crop, args.device, args.threads, classes=labelled)
+    crops = defaultdict(list)
     for s1, s2, classes, row in tqdm(feed, "over all crops", len(batches), leave=False, delay=1):
-        inputs = models.to_input(s1, s2, **scaling)
+        s1, s2 = models.to_input(s1, s2, **scaling)
         with models.autocast(args.precision, args.device):
-            crops["x"].append(network(*inputs).float())
+            crops["x"].append(network(s1, s2).float())
         crops["row"].append(torch.from_numpy(row))
-        if classes is not None:
-            single = F.one_hot(models.single_label(classes, count), data.IGNORE + 1)
-            crops["single"].append(single[:, :count].float())
+        if labelled:
+            label = models.single_label(classes, count)
+            one_hot = F.one_hot(label, data.IGNORE + 1)
+            crops["single"].append(one_hot[:, :count].float())
             crops["multi"].append(models.multi_label(classes, count=count))
     # The host waits for the device only here.
     crops = {name: torch.cat(values).cpu().numpy() for name, values in crops.items()}
@@ -168,32 +193,32 @@ def fit(task, x, y, weight, penalty, start=None, tolerance=2e-7, iterations=2000
     task: `single`, multinomial, or `multi`, one-vs-rest. x: (n, D). y: (n, C) 0/1. weight: (K, n),
     of each sample in each of the K. Each minimises the weighted mean of the cross-entropy (summed
     over classes) + penalty / 2 * |weights|^2; scikit-learn's C is 1 / (penalty * weight.sum()).
-    start: the weights and biases of another penalty."""
-    y, used = y.to(x), (weight > 0).to(x)
-    occurs, total = used @ y, used.sum(1, keepdim=True)  # (K, C) samples of each class, and of all
-    # What none or all have is not fitted but sure: e^-1000 is 0; infinite times zero would be NaN.
-    sure = 1e3 * ((occurs == total).to(x) - (occurs == 0).to(x))
+    start: what another penalty gave. A class of all samples, or of none, is not fitted but sure."""
+    y = y.to(x)
+    none = weight @ y == 0  # (K, C)
+    every = weight @ (1 - y) == 0
+    sure = SURE * (every.to(x) - none.to(x))
+    w, b = start or (x.new_zeros(x.shape[1], *sure.shape), sure)
     weight = weight / weight.sum(1, keepdim=True)
-    # About curvature^-1/2, for few steps:
-    scale = (0.03 * weight.mean(0) @ x.square() + penalty).rsqrt()[:, None, None]
-    w, b = start or (x.new_zeros(x.shape[1], *occurs.shape), sure)
-    v, c = (w / scale).requires_grad_(), ((b - sure) / 10).requires_grad_()
+    curvature = CURVATURE * weight.mean(0) @ x.square() + penalty  # (D,), of the loss in a weight
+    unit = curvature.rsqrt()[:, None, None]
+    v, c = (w / unit).requires_grad_(), (b / BIAS_UNIT).requires_grad_()
     optimizer = torch.optim.LBFGS(
-        [v, c], max_iter=iterations, max_eval=2 * iterations, tolerance_grad=1e3 * tolerance,
-        tolerance_change=1e-12, history_size=50, line_search_fn="strong_wolfe")
+        [v, c], max_iter=iterations, max_eval=2 * iterations, line_search_fn="strong_wolfe",
+        tolerance_grad=LOSS_SCALE * tolerance, tolerance_change=1e-12, history_size=50)
 
     def closure():
         optimizer.zero_grad()
-        w = scale * v
-        logits = predict(x, w, 10 * c + sure)  # (n, K, C)
+        w = unit * v
+        logits = predict(x, w, BIAS_UNIT * c)  # (n, K, C)
         normaliser = logits.logsumexp(2) if task == "single" else F.softplus(logits).sum(2)
-        loss = ((normaliser - (logits * y[:, None]).sum(2)) * weight.T).sum()
-        loss = 1e3 * (loss + penalty / 2 * w.square().sum())  # torch forgets tiny steps
+        losses = normaliser - (logits * y[:, None]).sum(2)  # (n, K)
+        loss = LOSS_SCALE * ((losses * weight.T).sum() + penalty / 2 * w.square().sum())
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return (scale * v).detach(), 10 * c.detach() + sure
+    return (unit * v).detach(), (BIAS_UNIT * c).detach()
 
 
 def predict(x, w, b):
@@ -204,9 +229,10 @@ def predict(x, w, b):
 def principal_axes(x):
     """(n, D) -> (D, min(n, D)) orthonormal axes of the samples. A penalty on |weights| does not
     notice a rotation, but L-BFGS does: with variances apart it needs a fraction of the steps."""
-    basis = torch.linalg.qr(x.T).Q if len(x) < x.shape[1] else torch.eye(x.shape[1]).to(x)
-    x = x @ basis
-    return basis @ torch.linalg.eigh(x.T @ x).eigenvectors
+    if len(x) < x.shape[1]:
+        basis = torch.linalg.qr(x.T).Q  # (D, n), of the space that the samples span
+        return basis @ principal_axes(x @ basis)
+    return torch.linalg.eigh(x.T @ x).eigenvectors
 
 
 def folds(rows, labels, count, seed):
@@ -220,17 +246,21 @@ def folds(rows, labels, count, seed):
 
 
 def choose_penalty(task, x, y, weight, rows, labels, seed):
-    """Penalty with the best average score over five folds of the training patches, of equals the
+    """Penalty with the best average score over folds of the training patches, of equals the
     strongest; where all are equal, as with one patch of each class, the middle one."""
-    fold = folds(rows, labels, min(5, len(np.unique(rows))), seed)
-    if not fold.any():  # a single patch
+    count = min(FOLDS, len(np.unique(rows)))
+    if count == 1:
         return 1.0
-    inside = [weight * torch.from_numpy(fold != k).to(weight) for k in range(fold.max() + 1)]
+    fold = folds(rows, labels, count, seed)
+    others = torch.from_numpy(fold != np.arange(count)[:, None])  # (K, n)
+    weight = weight * others.to(weight)
+    true = y.cpu().numpy()
     model, scores = None, []
-    for penalty in PENALTIES:  # from strong to weak, each starting where the one before ended
-        model = fit(task, x, y, torch.stack(inside), penalty, model, tolerance=1e-3, iterations=50)
-        held_out = predict(x, *model).cpu().numpy()[np.arange(len(x)), fold]
-        scores.append(score(task, y.cpu().numpy(), held_out)["average"])
+    for penalty in PENALTIES:  # each fit starts where the one before ended
+        model = fit(task, x, y, weight, penalty, model, tolerance=1e-3, iterations=50)
+        logits = predict(x, *model).cpu().numpy()
+        held_out = logits[np.arange(len(x)), fold]
+        scores.append(score(task, true, held_out)["average"])
     best = np.argmax(scores) if min(scores) < max(scores) else len(PENALTIES) // 2
     return float(PENALTIES[best])
 
@@ -239,41 +269,44 @@ def probe(task, train, test, chosen, labels, seed, device="cpu"):
     """Learn from the training crops of the patches `chosen` (repeats are weights), predict the test
     crops, both as extract() gives them. labels: of all patches -> (scores, what else to report)."""
     times = np.bincount(chosen, minlength=len(labels))[train["row"]]
-    used, tested = (times > 0) & train[task].any(1), test[task].any(1)
-    true, rows = test[task][tested], train["row"][used]
-    arrays = train["x"][used], train[task][used], test["x"][tested], np.float32(times[used])
-    x, y, queries, weight = (torch.from_numpy(array).to(device) for array in arrays)
-    counts = {"train_patches": len(set(chosen)), "train_crops": len(x), "test_crops": len(true)}
+    used = (times > 0) & train[task].any(1)
+    tested = test[task].any(1)
+    true = test[task][tested]
+    arrays = train["x"][used], train[task][used], np.float32(times[used]), test["x"][tested]
+    x, y, weight, queries = (torch.from_numpy(array).to(device) for array in arrays)
     sd, mean = torch.std_mean(x, 0, correction=0)
     sd[sd <= 1e-6 * mean.abs() + 1e-12] = math.inf  # such a feature says nothing
-    axes = principal_axes((x - mean) / sd)
-    x, queries = (x - mean) / sd @ axes, (queries - mean) / sd
-    counts["penalty"] = choose_penalty(task, x, y, weight, rows, labels, seed)
-    model = fit(task, x.double(), y, weight[None].double(), counts["penalty"])
+    x, queries = (x - mean) / sd, (queries - mean) / sd
+    axes = principal_axes(x)
+    x = x @ axes
+    penalty = choose_penalty(task, x, y, weight, train["row"][used], labels, seed)
+    model = fit(task, x.double(), y, weight[None].double(), penalty)
     logits = predict(queries.double() @ axes.double(), *model)[:, 0]
+    counts = {"train_patches": len(set(chosen)), "train_crops": len(x), "test_crops": len(true),
+              "penalty": penalty}
     return score(task, true, logits.cpu().numpy()), counts
 
 
 def evaluate(args, content):
     """Probe frozen encoders: a result line per seed, task and label fraction."""
     patches, train_rows, test_rows, scaling = open_labelled(args, content)
-    results, labels, crops = Results(args.results), patches.labels, {}
-    fixed = {"protocol": "linear", "baseline": args.baseline, "sensors": args.sensors,
-             **describe(args, content, patches)}
-    runs = list(itertools.product(range(args.seeds), args.task, args.label_fraction))
-    for seed, task, fraction in tqdm(runs, "probes", leave=False, delay=1):
-        key = {**fixed, "task": task, "label_fraction": fraction, "seed": seed}
-        if results.has(key):
+    labels, results = patches.labels, Results(args.results)
+
+    @functools.lru_cache(1)  # the crops of one network at a time
+    def crops_of(seed):
+        network = frozen_network(args, content, patches, seed)
+        return [extract(network, scaling, patches, rows, args) for rows in (train_rows, test_rows)]
+
+    runs = planned_runs(args, content, patches,
+                        protocol="linear", baseline=args.baseline, sensors=args.sensors)
+    for settings in tqdm(runs, "probes", leave=False, delay=1):
+        if results.has(settings):
             continue
-        weights = seed if args.baseline == "random" else 0
-        if weights not in crops:  # of one network at a time
-            network = frozen_network(args, content, patches, weights)
-            crops = {weights: [extract(network, scaling, patches, rows, args)
-                               for rows in (train_rows, test_rows)]}
+        task, seed, fraction = (settings[key] for key in ("task", "seed", "label_fraction"))
+        train, test = crops_of(seed if args.baseline == "random" else 0)
         chosen = training_rows(labels[train_rows], fraction, seed, args.label_sampling)
-        scores, counts = probe(
-            task, *crops[weights], train_rows[chosen], labels, seed, args.device)
-        results.add(key, scores, counts=counts)
+        scores, counts = probe(task, train, test, train_rows[chosen], labels, seed, args.device)
+        results.add(settings, scores, counts=counts)
 
 
 def embed(args, content):
@@ -286,19 +319,20 @@ def embed(args, content):
     arrays = {"ids": np.array(patches.ids)[patches.rows], "simulated": patches.simulated}
     if patches.labels is not None:
         arrays |= {"labels": patches.labels[patches.rows], "classes": patches.classes}
-    sensors = [name for name in content["encoders"] if args.sensors in ("both", name)]
+    sensors = encoders_used(args)
     for sensor, embedding in zip(sensors, np.split(x, len(sensors), axis=1)):
         arrays |= {sensor: embedding, f"{sensor}_bands": models.bands_of(patches.bands, sensor)}
-    with open(f"{args.embed}.tmp", "wb") as file:
+    part = Path(f"{args.embed}.tmp")
+    with open(part, "wb") as file:
         np.savez(file, **arrays)
-    Path(f"{args.embed}.tmp").replace(args.embed)
+    part.replace(args.embed)
     print(f"wrote {args.embed}: {len(x)} patches, {x.shape[1]} numbers of {' and '.join(sensors)}")
 
 
 def contrastive_model(content):
     """-> Contrastive of a checkpoint, its scaling."""
     heads = content["heads"] if len(content["heads"]) == 2 else {}  # some released weights lack one
-    width = len(heads["s1"]["2.weight"]) if heads else 0  # then the features are compared
+    width = len(heads["s1"]["2.weight"]) if heads else 0
     model = models.Contrastive(content["method"], content["bands"], content["arch"], width)
     model.encoders, scaling = models.load_encoders(content)
     for name, weights in heads.items():
@@ -313,21 +347,23 @@ def retrieve(args, content):
         raise data.DataError(f"{args.checkpoint}: --retrieve: {args.method} lacks a sensor")
     patches, pretraining = open_patches(args, content), content["args"]
     share = pretraining["holdout"] if pretraining.get("data") == patches.identity else 0
-    _, rows = data.split_scenes(patches, share)
-    if not len(rows):
+    _, unseen = data.split_scenes(patches, share)
+    if not len(unseen):
         raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: "
                              "a split `test`, or its very data and --holdout above 0 there")
-    rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 1000)).astype(int)]
+    places = np.linspace(0, len(unseen) - 1, min(len(unseen), CANDIDATES))
+    rows = unseen[places.astype(int)]
     model, scaling = contrastive_model(content)
     model.to(args.device)
     x = extract(lambda s1, s2: torch.stack(model(s1, s2), 1), scaling, patches, rows, args,
                 middle=True)["x"]  # (N, 2, 128), or maps (N, 2, 256, h/8, w/8)
     similarity = model.similarity(*torch.from_numpy(x).unbind(1))
     found = models.retrieval(similarity)
-    result = (f"{TITLES[args.method]}: {len(rows)} held-out candidates, top-1 {found['top1']:.0%}, "
-              f"top-5 {found['top5']:.0%}, median rank {found['median']:g}")
-    result = "SIMULATED data, " * patches.simulated + result
-    nearest = similarity.topk(min(5, len(rows)), 1).indices.numpy()
+    simulated = "SIMULATED data, " if patches.simulated else ""
+    result = (f"{simulated}{TITLES[args.method]}: {len(rows)} held-out candidates, "
+              f"top-1 {found['top1']:.0%}, top-5 {found['top5']:.0%}, "
+              f"median rank {found['median']:g}, crops of {args.crop} px")
+    nearest = similarity.topk(min(NEAREST, len(rows)), 1).indices.numpy()
     draw_retrieval(args, rows, nearest, result)
     print(f"wrote {args.retrieve}: {result}")
 
@@ -336,18 +372,20 @@ def draw_retrieval(args, rows, nearest, title):
     """Write a picture of a dozen Sentinel-1 patches, below each the Sentinel-2 patches nearest to
     it, the right one framed. nearest: (N, 5) places in rows."""
     patches = data.Patches(args.data)  # all bands: the encoders may see none that are colours
-    queries = np.unique(np.linspace(0, len(rows) - 1, 12).astype(int))
+    queries = np.arange(0, len(rows), math.ceil(len(rows) / PICTURED))
     shown = np.column_stack((queries, nearest[queries]))  # (12, 6): the query, those nearest to it
-    batches = data.grid_crops(rows[shown.ravel()], patches.size, args.crop, shown.size, middle=True)
-    (s1, s2, *_), = data.loader(patches, batches, args.crop)
-    pictures, colours = composite(s2.numpy(), patches.bands["s2"])
+    batches = data.grid_crops(
+        rows[shown.ravel()], patches.size, args.crop, len(shown[0]), middle=True)
     figure = Figure((13.8, 7.6), layout="constrained")
     axes = figure.subplots(*shown.T.shape, squeeze=False, subplot_kw={"xticks": [], "yticks": []})
-    for k, (column, line) in enumerate(np.ndindex(shown.shape)):
-        axis = axes[line, column]
-        axis.imshow(pictures[k] if line else s1[k, 0].numpy(), "gray", vmin=-2500, vmax=0)
-        if line and shown[column, line] == queries[column]:
-            axis.spines[:].set(color="#00c853", linewidth=4)
+    columns = zip(axes.T, shown, data.loader(patches, batches, args.crop))
+    for column, places, (s1, s2, *_) in columns:  # a batch is what one column shows
+        pictures, colours = composite(s2.numpy(), patches.bands["s2"])
+        column[0].imshow(s1[0, 0], "gray", vmin=-2500, vmax=0)
+        for axis, place, picture in zip(column[1:], places[1:], pictures[1:]):
+            axis.imshow(picture)
+            if place == places[0]:
+                axis.spines[:].set(color="#00c853", linewidth=4)
     figure.suptitle(f"{title}\n{patches.bands['s1'][0]} of Sentinel-1; below it the nearest of "
                     f"Sentinel-2, {colours}, the right one framed", fontsize=10)
     figure.savefig(args.retrieve, format="png", dpi=110)
@@ -356,7 +394,7 @@ def draw_retrieval(args, rows, nearest, title):
 def composite(s2, bands):
     """S2 (..., c, h, w) of the named bands -> picture (..., h, w, 3) in 0..1, and its title: true
     colour where B4, B3, B2 are there, else the first three bands as false colour."""
-    shown, white, title = ["B4", "B3", "B2"], 3000, "true colour"
+    shown, white, title = models.RGB, 3000, "true colour"
     if not set(shown) <= set(bands):
         shown = (bands * 3)[:3]
         white, title = np.percentile(s2, 98) + 1, f"false colour {' '.join(shown)}"
@@ -378,7 +416,7 @@ def evaluation_parser(description):
     add("--label-sampling", default="patches", choices=("patches", "rows"), help="rows: published")
     add("--seeds", type=data.positive, default=5, help="number of runs (default %(default)s)")
     add("--batch-size", type=data.positive, default=100, help="crops (default %(default)s)")
-    add("--crop", type=data.positive, default=128, help="side in px (default %(default)s)")
+    add("--crop", type=data.positive, default=128, help="default: pretraining's, or %(default)s")
     add("--scale", choices=models.SCALING, default="patch-max", help="default %(default)s")
     add("--bands", nargs="+", help="only these, e.g. VV VH B2 B3 B4 (default: all)")
     add("--results", default="results", help="folder of results.jsonl (default %(default)s)")
@@ -397,7 +435,8 @@ def read_options(parser):
     content = models.load_checkpoint(args.checkpoint)
     held = {name: content[name] for name in ("method", "arch", "scale")}
     held["bands"] = [*content["bands"]["s1"], *content["bands"]["s2"]]
-    parser.set_defaults(**held, crop=content["args"].get("crop", 128))
+    # Read once more with the checkpoint's values as defaults: what differs now was typed.
+    parser.set_defaults(**held, crop=content["args"].get("crop", args.crop))
     args = parser.parse_args()
     if vars(args) | held != vars(args):
         raise models.CheckpointError(f"{args.checkpoint}: holds {held}: leave --method, --arch, "
@@ -405,13 +444,17 @@ def read_options(parser):
     return args, content
 
 
+def sees(method, sensor):
+    """Whether an encoder of the method takes a sensor, alone or stacked upon the other."""
+    return sensor in "+".join(models.METHODS[method]["inputs"])
+
+
 def open_patches(args, content):
     """-> the store --data with the bands that the encoders take; DataError where it lacks them. It
     counts as simulated where the encoders learnt from simulated data."""
-    method = models.METHODS[args.method]
-    patches = data.Patches(args.data, args.bands or method.get("bands"))
+    patches = data.Patches(args.data, args.bands or models.METHODS[args.method].get("bands"))
     for sensor, bands in patches.bands.items():
-        if sensor in "+".join(method["inputs"]) and not bands:
+        if sees(args.method, sensor) and not bands:
             raise data.DataError(f"--bands: {args.method} needs bands of {sensor}")
     patches.simulated = patches.simulated or content.get("simulated", False)
     return patches
@@ -424,8 +467,10 @@ def open_labelled(args, content):
         raise data.DataError("--label-fraction: above 0 and at most 1")
     if patches.labels is None:
         raise data.DataError(f"{args.data}: no class maps: pack a tree that has them")
-    train_rows, test_rows = patches.rows_of(*data.TRAINED_ON), patches.rows_of("test")
-    if not all((patches.labels[rows] != data.IGNORE).any() for rows in (train_rows, test_rows)):
+    train_rows = patches.rows_of(*data.TRAINED_ON)
+    test_rows = patches.rows_of("test")
+    labelled = patches.labels != data.IGNORE
+    if not (labelled[train_rows].any() and labelled[test_rows].any()):
         raise data.DataError(
             f"{args.data}: needs labelled patches of the splits `train` or `validation`, and "
             f"`test`; it has {len(train_rows)} and {len(test_rows)}")
@@ -433,32 +478,21 @@ def open_labelled(args, content):
     return patches, train_rows, test_rows, {"scale": args.scale, "stats": stats}
 
 
-def describe(args, content, patches, *names):
-    """What both scripts know of a result line before the run. names: of a script's own options."""
-    names = "crop", "scale", "arch", "label_sampling", *names
-    settings = {name: getattr(args, name) for name in names}
-    settings["precision"] = models.resolve_precision(args.precision, args.device)
-    weights = Path(args.checkpoint).read_bytes() if content else None
-    return {"method": args.method, "data": patches.identity, "classes": patches.classes,
-            "simulated": patches.simulated, "args": {**settings, "bands": patches.bands},
-            "checkpoint": weights and hashlib.sha256(weights).hexdigest()[:12]}
-
-
 def main():
     parser = evaluation_parser(__doc__)
-    add = parser.add_argument
+    parser.add_argument("--sensors", default="both", choices=("both", "s1", "s2"))
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--baseline", choices=("random", "bands"), help="random weights, or mean and sd of bands")
-    add("--sensors", default="both", choices=("both", "s1", "s2"), help="of the encoders")
     add("--embed", metavar="OUT.npz", help="write embeddings of all patches, and stop")
     add("--retrieve", metavar="OUT.png", help="draw the S2 nearest to some S1 patches, and stop")
     args, content = read_options(parser)
-    if bool(content) == bool(args.baseline) or (args.embed or args.retrieve) and not content:
-        parser.error("give --checkpoint or --baseline; --embed and --retrieve need --checkpoint")
+    if bool(content) == bool(args.baseline):
+        parser.error("give --checkpoint, or --baseline without it")
     if args.embed:
         embed(args, content)
-    if args.retrieve:
+    elif args.retrieve:
         retrieve(args, content)
-    if not args.embed and not args.retrieve:
+    else:
         evaluate(args, content)
 
 

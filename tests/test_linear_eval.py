@@ -2,6 +2,7 @@
 import itertools
 import json
 import multiprocessing
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import simulate
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, call, user
+from matplotlib.figure import Figure
 
 import data
 import finetune
@@ -76,8 +78,9 @@ def crops_of(patches, row, tops, lefts, size=32):
 
 def test_metrics_are_those_of_the_released_code(shared):
     golden = np.load(shared / "golden/metrics.npz")
-    single = linear_eval.single_scores(golden["single_true"], golden["single_pred"])
-    multi = linear_eval.multi_scores(golden["multi_true"], golden["multi_pred"])
+    one_hot = np.eye(8)
+    single = linear_eval.score("single", one_hot[golden["single_true"]], one_hot[golden["single_pred"]])
+    multi = linear_eval.score("multi", golden["multi_true"], golden["multi_pred"] - 0.5)
     for scores, task, name in ((single, "single", "accuracy"), (multi, "multi", "f1")):
         np.testing.assert_allclose(scores["class"], golden[f"{task}_class_{name}"], atol=1e-6)
         assert scores["average"] == pytest.approx(golden[f"{task}_average"], abs=1e-6)
@@ -95,7 +98,7 @@ def compare_metrics(metrics, seed, count):
     some = rng.permutation(count)[:rng.integers(1, count + 1)]  # often not all classes occur
     n = rng.integers(1, 200)
     true, predicted = rng.choice(some, n).astype(np.uint8), rng.integers(0, count, n)
-    ours = linear_eval.single_scores(true, predicted, count)
+    ours = linear_eval.score("single", np.eye(count)[true], np.eye(count)[predicted])
     confusion = metrics.confusion_matrix(true, predicted, labels=range(count))
     occur = np.flatnonzero(confusion.sum(1))
     np.testing.assert_allclose(ours["class"][occur],
@@ -104,13 +107,13 @@ def compare_metrics(metrics, seed, count):
     recall = metrics.recall_score(true, predicted, labels=occur, average="macro")
     assert ours["average"] == pytest.approx(recall)
     assert ours["overall"] == pytest.approx(metrics.accuracy_score(true, predicted))
-    scored = linear_eval.score("single", np.eye(count)[true], np.eye(count)[predicted])
-    np.testing.assert_array_equal(scored["confusion"], confusion)
+    np.testing.assert_array_equal(ours["confusion"], confusion)
 
     often = rng.random(count) * rng.integers(0, 2, count)
     true, predicted = (np.float32(rng.random((n, count)) < often) for _ in range(2))
     true[0, 0] = 1
-    ours, occur = linear_eval.multi_scores(true, predicted), np.flatnonzero(true.any(0))
+    ours = linear_eval.score("multi", true, predicted - 0.5)
+    occur = np.flatnonzero(true.any(0))
     f1 = metrics.f1_score(true, predicted, average=None, zero_division=0)
     np.testing.assert_allclose(ours["class"][occur], f1[occur])
     assert np.isnan(np.delete(ours["class"], occur)).all()
@@ -120,8 +123,8 @@ def compare_metrics(metrics, seed, count):
 
 
 def test_absent_classes_are_left_out():
-    true, predicted = np.array([0, 0, 2]), np.array([0, 1, 2])
-    scores = linear_eval.single_scores(true, predicted)
+    true, predicted = np.eye(8)[[0, 0, 2]], np.eye(8)[[0, 1, 2]]
+    scores = linear_eval.score("single", true, predicted)
     np.testing.assert_array_equal(scores["class"], [0.5, np.nan, 1] + [np.nan] * 5)
     assert scores["average"] == 0.75 and scores["overall"] == pytest.approx(2 / 3)
 
@@ -511,7 +514,7 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, 
     call(monkeypatch, linear_eval, "--checkpoint", tmp_path / "released.pth", "--data", labelled,
          "--crop", 32, "--precision", "float32", "--retrieve", tmp_path / "out.png")
     expected = models.retrieval(a @ b.T)["median"]
-    assert f"median rank {expected:g}\n" in capsys.readouterr().out
+    assert f"median rank {expected:g}, crops of 32 px\n" in capsys.readouterr().out
     with torch.no_grad():  # with one head or none the features are compared
         a, b = models.to_input(*map(torch.cat, zip(*centres)), "patch-max")
         a, b = F.normalize(nets["1"](a)), F.normalize(nets["2"](b))
@@ -519,7 +522,7 @@ def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, 
     for number in range(2):
         call(monkeypatch, linear_eval, "--checkpoint", tmp_path / f"headless{number}.pth", "--data", labelled,
              "--crop", 32, "--precision", "float32", "--retrieve", tmp_path / "out.png")
-        assert f"median rank {expected:g}\n" in capsys.readouterr().out
+        assert f"median rank {expected:g}, crops of 32 px\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["d-simclr", "mma"])
@@ -547,6 +550,30 @@ def test_retrieval_as_a_picture(tmp_path, request, checkpoint, monkeypatch, caps
     count = 24 if store == "labelled" else 32  # of the pairs half of the scenes are held out
     assert f"{count} held-out candidates," in capsys.readouterr().out
     assert (tmp_path / "out.png").stat().st_size > 20_000
+
+
+@pytest.mark.parametrize("method", ["d-simclr", "mma"])
+def test_retrieval_with_larger_crops_than_in_training(tmp_path, labelled, monkeypatch, capsys, method):
+    path = save_untrained(tmp_path / "last.pt", data.Patches(labelled), method)  # trained with 32
+    seen, similarity = [], models.Contrastive.similarity
+
+    def watched(model, a, b):
+        seen.append(a.shape[1:])
+        return similarity(model, a, b)
+
+    monkeypatch.setattr(models.Contrastive, "similarity", watched)
+    for options, crop in (((), 32), (("--crop", 40), 40)):
+        figures = []
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *args, to=figures, **kwargs: to.append(figure))
+        call(monkeypatch, linear_eval, "--checkpoint", path, "--data", labelled, "--retrieve",
+             tmp_path / "out.png", *options)
+        said = f"24 held-out candidates, .*, crops of {crop} px\n"
+        assert re.search(said, capsys.readouterr().out)
+        assert figures[0].get_suptitle().splitlines()[0].endswith(f"crops of {crop} px")
+        shapes = {axis.images[0].get_array().shape[:2] for axis in figures[0].axes}
+        assert shapes == {(crop, crop)}
+    maps = [(256, 4, 4), (256, 5, 5)]  # an eighth of the crops
+    assert seen == (maps if method == "mma" else [(128,)] * 2)
 
 
 def test_composite():
