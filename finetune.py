@@ -114,9 +114,8 @@ def is_done(settings, results, path):
 def evaluate(args, content):
     """Train and test a classifier per seed, task and label fraction: a result line each."""
     patches, train_rows, test_rows, scaling = linear_eval.open_labelled(args, content)
-    if models.spoils_gradients(args.method, args.crop, args.precision, args.device):
-        raise data.DataError(f"--crop {args.crop}: on a CPU bf16 gradients of a ResNet are wrong "
-                             "up to 16 px: choose --precision float32, or more")
+    if reason := models.spoilt_gradients(args.method, args.crop, args.precision, args.device):
+        raise data.DataError(reason)
     results = linear_eval.Results(args.results)
     protocol = "finetune" if content else "scratch"
     for settings in linear_eval.planned_runs(args, content, patches, OPTIONS, protocol=protocol):
@@ -323,9 +322,9 @@ def open_scene(args, content):
 
 
 def grid_of(scene):
-    """-> the open raster on whose grid a map lies."""
-    raster = scene.get("s2") or scene["s1"]
-    return raster.tif
+    """-> the open raster on whose grid a map lies: one that says where that is, if there is one."""
+    rasters = [raster.tif for raster in scene.values()]
+    return max(rasters, key=lambda tif: (tif.crs is not None, not tif.transform.is_identity))
 
 
 def read_strip(scene, bands, window):

@@ -329,17 +329,6 @@ def embed(args, content):
     print(f"wrote {args.embed}: {len(x)} patches, {x.shape[1]} numbers of {' and '.join(sensors)}")
 
 
-def contrastive_model(content):
-    """-> Contrastive of a checkpoint, its scaling."""
-    heads = content["heads"] if len(content["heads"]) == 2 else {}  # some released weights lack one
-    width = len(heads["s1"]["2.weight"]) if heads else 0
-    model = models.Contrastive(content["method"], content["bands"], content["arch"], width)
-    model.encoders, scaling = models.load_encoders(content)
-    for name, weights in heads.items():
-        model.heads[name].load_state_dict(weights)
-    return model.eval(), scaling
-
-
 def retrieve(args, content):
     """--retrieve: who finds whom, by the centre crops of at most 1,000 patches that pretraining did
     not see: of the split `test` or, in its data, of the held-out scenes."""
@@ -353,7 +342,7 @@ def retrieve(args, content):
                              "a split `test`, or its very data and --holdout above 0 there")
     places = np.linspace(0, len(unseen) - 1, min(len(unseen), CANDIDATES))
     rows = unseen[places.astype(int)]
-    model, scaling = contrastive_model(content)
+    model, scaling = models.load_contrastive(content)
     model.to(args.device)
     x = extract(lambda s1, s2: torch.stack(model(s1, s2), 1), scaling, patches, rows, args,
                 middle=True)["x"]  # (N, 2, 128), or maps (N, 2, 256, h/8, w/8)

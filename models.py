@@ -253,11 +253,6 @@ def spoilt_gradients(method, crop, precision, device):
     return None
 
 
-def spoils_gradients(*case):
-    """Whether spoilt_gradients() has a reason."""
-    return bool(spoilt_gradients(*case))
-
-
 def unit(x):
     """Vectors along dimension 1, scaled to length 1; half precision, which spoils a softmax,
     becomes float32."""
@@ -425,6 +420,19 @@ def load_encoders(checkpoint):
         misfit = f"{content['file']}: the weights for {name} do not fit {arch} and {bands}"
         load_weights(encoder, content["encoders"].get(name, {}), misfit)
     return encoders.eval(), {key: content[key] for key in ("scale", "stats", "bands")}
+
+
+def load_contrastive(checkpoint):
+    """-> (Contrastive in eval mode, scaling for to_input()). Its embeddings are the features where
+    the file has no heads. checkpoint: as for load_encoders(). Raises CheckpointError."""
+    content = load_checkpoint(checkpoint)
+    heads = content["heads"] if len(content["heads"]) == 2 else {}  # some released weights lack one
+    width = len(heads["s1"]["2.weight"]) if heads else 0
+    model = Contrastive(content["method"], content["bands"], content["arch"], width)
+    model.encoders, scaling = load_encoders(content)
+    for name, weights in heads.items():
+        model.heads[name].load_state_dict(weights)
+    return model.eval(), scaling
 
 
 def load_classifier(checkpoint):

@@ -273,8 +273,8 @@ def test_report_without_results_is_one_line(tmp_path):
 
 def test_bf16_on_a_cpu_with_crops_whose_gradients_are_wrong_is_refused(tmp_path, labelled, monkeypatch):
     for method, refused in (("only-s2", True), ("mma", False)):
-        assert models.spoils_gradients(method, 16, "bf16", "cpu") == refused
-    assert not models.spoils_gradients("only-s2", 17, "bf16", "cpu") and not models.spoils_gradients("only-s2", 16, "float32", "cpu")
+        assert bool(models.spoilt_gradients(method, 16, "bf16", "cpu")) == refused
+    assert not models.spoilt_gradients("only-s2", 17, "bf16", "cpu") and not models.spoilt_gradients("only-s2", 16, "float32", "cpu")
     with pytest.raises(data.DataError, match="--crop 16: on a CPU bf16 gradients"):
         call(monkeypatch, finetune, "--method", "only-s2", "--data", labelled, "--crop", 16, "--precision", "bf16",
              "--results", tmp_path)

@@ -340,8 +340,10 @@ def test_grids(name, tmp_path, monkeypatch):
     s1, s2 = make_scene(64, 48)
     write_tif(tmp_path / "S2.tif", s2, crs=crs, transform=transform)
     write_tif(tmp_path / "S1.tif", s1, crs=other_crs, transform=other)
-    if not words:
+    if not words:  # the map lies where one of them says
         assert make_map(monkeypatch, tmp_path).shape == (1, 64, 48)
+        with rasterio.open(tmp_path / "map.tif") as tif:
+            assert tif.crs == (crs or other_crs)
         return
     with pytest.raises(data.DataError, match=f"not on one grid: .*{words}"):
         make_map(monkeypatch, tmp_path)
