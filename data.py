@@ -509,7 +509,8 @@ class Patches:
             self.picks.append([stored.index(band) for band in self.bands[sensor]])
         self.picks.append([0])  # of the class maps
         known = self.bands["s1"] + self.bands["s2"]
-        if unknown := set(bands or ()) - set(known):
+        unknown = [band for band in bands or () if band not in known]
+        if unknown:
             raise DataError(f"{path}: no band {' '.join(unknown)}, see --bands; it has "
                             f"{self.stored}")
 
