@@ -129,8 +129,8 @@ class Raster:
         self.numbers = self.find_bands(products) if bands else [1]
 
     def find_bands(self, products):
-        """-> their numbers, from 1 on: by name or, where no band has a name, by position in a
-        product of as many bands."""
+        """-> their numbers, from 1 on: by the names of the bands; where none has one, by those of a
+        VRT's files; where these tell nothing, by position in a product of as many bands."""
         texts = self.tif.descriptions
         names = [band_name(text) for text in texts]
         if not any(names) and self.tif.driver == "VRT":
@@ -155,8 +155,8 @@ class Raster:
         return image, there & image.any(0) & np.isfinite(image).all(0)
 
     def judge(self, image, there):
-        """DataError for what is not in its unit; else find the offset of S2, 1,000 where cirrus or
-        a tag shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
+        """DataError for what is not in its unit; else set self.offset, that of S2, to 1,000 where
+        cirrus or a tag shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
         if not there.any():
             return
         seen = image.reshape(len(image), -1) if there.all() else image[:, there]
@@ -184,7 +184,8 @@ class Raster:
             tops = range(0, self.tif.height, SURVEY)
             lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]
             self.judge(*(np.concatenate(parts, -2) for parts in zip(*lines)))
-        if not self.judged or np.min(image, where=there, initial=0) < -100:
+        low = np.min(image, where=there, initial=0)
+        if not self.judged or low < -100:  # -9999, untagged, may be between the lines that judged
             self.judge(image, there)
         image = image.astype(np.float32)
         if self.sensor == "s2" and self.offset:
@@ -316,7 +317,8 @@ def classes_from_codes(codes, legend=DFC_CODES):
 def read_patch(pair, plan):
     """-> s1 int16 (C1, H, W) in 1/100 dB, s2 uint16 (C2, H, W) reflectance x 10,000, classes uint8
     (H, W), and the offset that was subtracted from s2. A pixel that is not there is MISSING in s1,
-    0 in s2. Raises DataError for a bad patch."""
+    0 in s2. DataError for a bad patch: a file is not there or cannot be read, has another size or
+    grid, not the bands or not their unit, or lacks more than half of the pixels."""
     if lacking := {"s1", "s2"} - pair.keys():
         raise DataError(f"no {min(lacking)} file")
     rasters, images, codes = {}, {}, np.full(plan["size"], -1)  # -1: no label

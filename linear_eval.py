@@ -249,7 +249,7 @@ def choose_penalty(task, x, y, weight, rows, labels, seed):
     """Penalty with the best average score over folds of the training patches, of equals the
     strongest; where all are equal, as with one patch of each class, the middle one."""
     count = min(FOLDS, len(np.unique(rows)))
-    if count == 1:
+    if count == 1:  # nothing to choose by: a strong one for a single patch
         return 1.0
     fold = folds(rows, labels, count, seed)
     others = torch.from_numpy(fold != np.arange(count)[:, None])  # (K, n)
@@ -259,7 +259,7 @@ def choose_penalty(task, x, y, weight, rows, labels, seed):
     for penalty in PENALTIES:  # each fit starts where the one before ended
         model = fit(task, x, y, weight, penalty, model, tolerance=1e-3, iterations=50)
         logits = predict(x, *model).cpu().numpy()
-        held_out = logits[np.arange(len(x)), fold]
+        held_out = logits[np.arange(len(x)), fold]  # of each crop, by the fit that lacked it
         scores.append(score(task, true, held_out)["average"])
     best = np.argmax(scores) if min(scores) < max(scores) else len(PENALTIES) // 2
     return float(PENALTIES[best])

@@ -268,7 +268,8 @@ def forward_backward(network, cast, loss_of, a, b, micro, rank, world):
     mine = slice(rank * len(a), (rank + 1) * len(a))
     loss = loss_of(*everyone.unbind(1))
     loss.backward()
-    gradients = (world * everyone.grad[mine]).split(micro)  # of which the processes' mean is taken
+    # DDP takes the mean of what the processes add to the gradient; theirs is to be the sum.
+    gradients = (world * everyone.grad[mine]).split(micro)
     for part, output, gradient in zip(parts, outputs, gradients):
         if world > 1:  # share the sum over the micro-batches alone, as DDP's no_sync() does
             network.require_backward_grad_sync = part is parts[-1]
@@ -422,7 +423,7 @@ def train(args):
     if held_crops and not start:
         retrieval = look_up(step=0)
     batches = batches_from(start, rows, patches.size, args, mine)
-    feed = data.loader(patches, batches, args.crop, device, args.threads)
+    feed = data.loader(patches, batches, args.crop, args.device, args.threads)
     bar = tqdm(range(start + 1, total + 1), args.method, total, initial=start, disable=rank > 0)
     step = logged = start
     stop = 0
@@ -453,6 +454,7 @@ def train(args):
         evaluates = step % (args.eval_every * epoch_steps) == 0 or step == total
         if held_crops and evaluates:
             retrieval = look_up(step)
+        # A signal costs nothing, a kill what came since the last end of an epoch that saved.
         due = epoch_ends and time.perf_counter() - saved >= SAVE_EVERY
         if rank == 0 and (due or stop or step == total):
             models.save_checkpoint(
