@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
+from rasterio.enums import MaskFlags
 from rasterio.windows import Window
 from tqdm import tqdm
 
@@ -115,17 +116,17 @@ class Raster:
 
     bands: names of those to read, in their order; None: the only one. offset: of S2, beside
     reflectance x 10,000; None: judge() finds it. order: of the bands of a file that names none;
-    None: that of a product of as many. Raises DataError.
+    None or another number of bands: that of a product of as many. Raises DataError.
     """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
         self.name, self.sensor, self.bands = Path(path).name, sensor, bands
-        self.offset, self.judged = offset, False
+        self.offset, self.judged = offset if sensor == "s2" else 0, False
         with reading(self.name):
             self.tif = rasterio.open(path)
         if not bands and self.tif.count > 1:
             raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
-        products = [order] if order else [S1_BANDS, S2_BANDS, L2A_BANDS, bands]
+        products = [order or [], S1_BANDS, S2_BANDS, L2A_BANDS, bands]
         self.numbers = self.find_bands(products) if bands else [1]
 
     def find_bands(self, products):
@@ -147,12 +148,16 @@ class Raster:
     def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. Not there is what the
         nodata value or a mask says of any band, what is not finite in any, and what is 0 in all."""
+        tif = self.tif  # where 0 is no data, a band of S2 may be dark: it is not if all bands are 0
+        dark = self.sensor == "s2" and tif.nodata == 0
+        masked = not dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
         with reading(self.name):
-            image = self.tif.read(self.numbers, window=window)
-            masks = self.tif.read_masks(self.numbers, window=window) > 0
-        dark = self.sensor == "s2" and self.tif.nodata == 0  # some bands may be 0, not all
-        there = masks.any(0) if dark else masks.all(0)
-        return image, there & image.any(0) & np.isfinite(image).all(0)
+            image = tif.read(self.numbers, window=window, masked=masked)
+        image, masked = np.ma.getdata(image), np.ma.getmaskarray(image)
+        there = image.any(0) & ~masked.any(0)  # the edge of many products is 0, often untagged
+        if image.dtype.kind == "f":
+            there &= np.isfinite(image).all(0)
+        return image, there
 
     def judge(self, image, there):
         """DataError for what is not in its unit; else set self.offset, that of S2, to 1,000 where
@@ -172,7 +177,7 @@ class Raster:
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
-        if self.sensor == "s2" and self.offset is None:
+        if self.offset is None:
             cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else 0
             self.offset = 1000 if tagged or np.min(cirrus) >= 1000 else 0
 
@@ -188,8 +193,7 @@ class Raster:
         if not self.judged or low < -100:  # -9999, untagged, may be between the lines that judged
             self.judge(image, there)
         image = image.astype(np.float32)
-        if self.sensor == "s2" and self.offset:
-            image -= self.offset
+        image -= self.offset or 0
         image[:, ~there] = np.nan
         return image
 
@@ -205,8 +209,8 @@ def refuse_other_grid(one, other):
     if one.crs and other.crs and one.crs != other.crs:
         differ = f"{one.crs} and {other.crs}"
     elif one.shape != other.shape or apart > 1e-3:
-        differ = (f"{one.width} x {one.height} and {other.width} x {other.height} px, up to "
-                  f"{apart:.4g} px apart")
+        differ = (f"{one.width} x {one.height} and {other.width} x {other.height} px, their "
+                  f"corners up to {apart:.4g} px apart")
     if differ:
         raise DataError(f"{Path(one.name).name}, {Path(other.name).name}: not on one grid: {differ}"
                         f": rio warp {one.name} WARPED.tif --like {other.name} --resampling "
@@ -366,25 +370,30 @@ def open_arrays(store, plan):
 
 
 def statistics(image, unit):
-    """(c, h, w) integers of a store -> STATISTICS in the unit, (5, c) float64."""
-    there = image[0] != MISSING if image.dtype == np.int16 else image.any(0)
-    seen = image.reshape(len(image), -1) if there.all() else image[:, there]
-    seen = seen / unit
-    count = np.full(len(seen), seen.shape[1])
-    return np.stack([count, seen.mean(1), seen.var(1), seen.min(1), seen.max(1)])
+    """(c, h, w) integers of a store -> STATISTICS of each band, in the unit."""
+    there, rows = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
+    for band in image:
+        band = band.ravel() if there.all() else band[there]
+        floats = band.astype(float)  # of one band: the processor's cache holds it
+        squares = int(np.einsum("i,i", floats, floats))  # BLAS would wait for its own threads
+        count, total = len(band), int(floats.sum())
+        variance = (count * squares - total**2) / count**2  # of integers: nothing is rounded
+        values = total / count / unit, variance / unit**2, band.min() / unit, band.max() / unit
+        rows.append((count, *values))
+    return rows
 
 
 def write_row(array, row, values):
     """Put a row into the file of an array, on the disk at the end of it: a power cut leaves no
     state without its row."""
-    start = array.offset + row * values.nbytes
-    with contextlib.suppress(OSError), open(array.filename, "r+b", buffering=0) as file:
-        written = os.pwrite(file.fileno(), values.tobytes(), start)
-        os.fdatasync(file.fileno())
-        if written == values.nbytes:
-            return
-    raise DataError(f"{array.filename}: cannot be written, the disk is full: make room and start "
-                    "again")
+    start, reason = array.offset + row * values.nbytes, "the disk is full"
+    try:
+        with open(array.filename, "r+b", buffering=0) as file:
+            if os.pwrite(file.fileno(), values.tobytes(), start) == values.nbytes:
+                return os.fdatasync(file.fileno())
+    except OSError as error:
+        reason = error.strerror
+    raise DataError(f"{array.filename}: cannot be written ({reason}): mend it, start again")
 
 
 def pack_row(pair, plan, store, arrays, row):
@@ -399,7 +408,7 @@ def pack_row(pair, plan, store, arrays, row):
         write_row(array, row, image)
     pixels = np.bincount(classes.ravel(), minlength=256)
     pixels = pixels[[*range(len(plan["classes"])), IGNORE]]
-    bands = np.concatenate((statistics(s1, 100), statistics(s2, 1)), 1)
+    bands = np.transpose(statistics(s1, 100) + statistics(s2, 1))
     for state in (0, 1):  # the second time, only the state is another
         write_row(records, row, np.array((state, offset, pixels, *bands), records.dtype))
     return ""
@@ -431,7 +440,7 @@ def fill(store, pairs, plan, threads, max_bad):
               "remove it to pack files that have changed since")
     work = ahead(lambda row: pack_row(pairs[row], plan, store, arrays, row), rows, threads)
     with contextlib.closing(work):  # no thread writes after an error
-        for row, reason in zip(rows, tqdm(work, "packing", len(rows), unit="patch")):
+        for row, reason in tqdm(zip(rows, work), "packing", len(rows), unit="patch"):
             if reason:
                 left_out[pairs[row]["id"]] = reason
             if len(left_out) > min(max_bad * len(pairs), len(pairs) - 1):
@@ -454,7 +463,8 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     store, pairs = Path(store), find_pairs(tree)
     plan = make_plan(tree, pairs, s2_offset)
     other = DataError(f"{store}: holds other files, or was packed from another tree or with other "
-                      "options: choose another folder, or remove it")
+                      "options, or by an earlier version, whose stores can be used as they are: "
+                      "choose another folder, or remove it")
     store.mkdir(parents=True, exist_ok=True)
     packing, text = store / "packing.json", json.dumps(plan) + "\n"
     if any(store.iterdir()) and not packing.exists():
@@ -462,10 +472,13 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     with open(packing, "a+") as file:  # a lock, and the plan, a line, once the arrays are there
         lock(file, store)
         begun = packing.read_text()
-        if not begun.endswith("\n"):
+        if not (begun.endswith("\n") or (store / "index.json").exists()):
             for name, (dtype, shape) in layout(plan).items():
                 np.lib.format.open_memmap(store / name, "w+", dtype, shape)  # takes no room yet
-            packing.write_text(text)
+            file.truncate(0)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         elif begun != text:
             raise other
         fill(store, pairs, plan, threads, max_bad)

@@ -323,8 +323,8 @@ def open_scene(args, content):
 
 def grid_of(scene):
     """-> the open raster on whose grid a map lies: one that says where that is, if there is one."""
-    rasters = [raster.tif for raster in scene.values()]
-    return max(rasters, key=lambda tif: (tif.crs is not None, not tif.transform.is_identity))
+    rasters = [scene[sensor].tif for sensor in ("s2", "s1") if sensor in scene]
+    return max(rasters, key=lambda tif: (not tif.transform.is_identity, tif.crs is not None))
 
 
 def read_strip(scene, bands, window):

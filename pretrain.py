@@ -317,7 +317,7 @@ def open_log(path, step):
     data.lock(log, path.parent)
     kept = []
     for line in log:
-        with contextlib.suppress(ValueError):  # what a kill or a power cut spoilt
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # spoilt, or not ours
             if json.loads(line)["step"] <= step:
                 kept.append(line.strip() + "\n")
     log.seek(0)

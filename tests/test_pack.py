@@ -313,6 +313,31 @@ def test_killed_at_each_crucial_call(few, tmp_path):
     assert moment > 50  # arrays made, five writes for each of 8 rows, index written
 
 
+def test_a_finished_store_whose_plan_is_damaged_is_left_alone(few, tmp_path):
+    for damage in (lambda path: path.write_bytes(b""), lambda path: path.unlink()):
+        store = tmp_path / "store"
+        shutil.copytree(few.store, store)
+        damage(store / "packing.json")
+        whole = {name: content for name, content in contents(store).items() if name != "packing.json"}
+        with pytest.raises(data.DataError, match="or by an earlier version, whose stores can be used as they are"):
+            data.pack(few.tree, store, max_bad=0.5)
+        assert contents(store).items() >= whole.items()
+        shutil.rmtree(store)
+
+
+def test_files_mended_after_the_end_are_taken(few, tmp_path):
+    tree, store = tmp_path / "tree", tmp_path / "store"
+    shutil.copytree(few.tree, tree)
+    before = data.pack(tree, store, max_bad=0.5)
+    patch, = (patch for patch, reason in before.left_out.items() if "half" in reason)
+    path = tree / few.written[patch]["s1"].relative_to(few.tree)
+    rewrite(lambda image: np.full_like(image, -9))(path)
+    after = data.pack(tree, store, max_bad=0.5)
+    assert len(after.rows) == len(before.rows) + 1 and patch not in after.left_out and after.identity != before.identity
+    data.pack(tree, tmp_path / "fresh", max_bad=0.5)
+    assert contents(store) == contents(tmp_path / "fresh")
+
+
 def test_killed_while_the_plan_is_written(few, tmp_path):
     with pytest.raises(data.DataError):
         data.pack(few.tree, tmp_path / "begun")  # too many are bad
@@ -361,7 +386,7 @@ def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp
         monkeypatch.setattr(os, name, function)
     data.pack(few.tree, store, 1, max_bad=0.5)
     row = ["s1", "s2", "classes", "patches", "patches"]
-    assert order == [*row * 8, "index.part", "index.json"] and states == [k // 5 for k in range(1, 41)]
+    assert order == ["packing.json", *row * 8, "index.part", "index.json"] and states == [k // 5 for k in range(1, 41)]
     assert contents(store) == few.packed
 
 
