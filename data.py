@@ -294,7 +294,7 @@ def make_plan(tree, pairs, s2_offset):
     if not kinds:
         Raster(paths[0], "s2", products[0], order=products[0])  # says what is wrong
     (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files
-    near = (root, *root.parents, *root.glob("*/"))
+    near = root, *root.parents, *root.glob("*/")
     return {"format": STORE_FORMAT,
             "bands": {"s1": legend["s1"], "s2": list(bands)},
             "size": list(size),
