@@ -106,17 +106,16 @@ def reading(name):
     try:
         yield
     except rasterio.errors.RasterioError as error:
-        reason = error.__cause__ or error
-        raise DataError(f"{name}: cannot be read, is it cut off, or a Git LFS pointer? {reason}"
-                        ) from None
+        raise DataError(f"{name}: cannot be read, is it cut off, or a Git LFS pointer? "
+                        f"{error.__cause__ or error}") from None
 
 
 class Raster:
     """A patch or scene of Sentinel-1 (`s1`) or Sentinel-2 (`s2`), read by what it says of itself.
 
     bands: names of those to read, in their order; None: the only one. offset: of S2, beside
-    reflectance x 10,000; None: judge() finds it. order: of the bands of a file that names none;
-    None or another number of bands: that of a product of as many. Raises DataError.
+    reflectance x 10,000; None: judge() finds it. order: of all bands of a file that names none;
+    None, or that of a product: that of the product of as many. Raises DataError.
     """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
@@ -126,7 +125,9 @@ class Raster:
             self.tif = rasterio.open(path)
         if not bands and self.tif.count > 1:
             raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
-        products = [order or [], S1_BANDS, S2_BANDS, L2A_BANDS, bands]
+        products = [S1_BANDS, S2_BANDS, L2A_BANDS, bands]
+        if order and order not in products[:3]:  # a legend says what a file of this tree holds
+            products = [order]
         self.numbers = self.find_bands(products) if bands else [1]
 
     def find_bands(self, products):
@@ -189,11 +190,10 @@ class Raster:
             tops = range(0, self.tif.height, SURVEY)
             lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]
             self.judge(*(np.concatenate(parts, -2) for parts in zip(*lines)))
-        low = np.min(image, where=there, initial=0)
-        if not self.judged or low < -100:  # -9999, untagged, may be between the lines that judged
+        # In a scene -9999 without a tag may lie between the lines that were judged.
+        if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)
-        image = image.astype(np.float32)
-        image -= self.offset or 0
+        image = image.astype(np.float32) - (self.offset or 0)
         image[:, ~there] = np.nan
         return image
 
@@ -272,8 +272,8 @@ def read_legend(tree):
         named = legend["s1"] + (legend["s2"] or S2_BANDS)
         named += [int(code) for code, _ in legend["classes"]]
         legend["classes"] = dict(legend["classes"])
-        count = len({*legend["classes"].values()})
-        if len(legend) > 3 or len({*named}) < len(named) or not 2 <= count < IGNORE:
+        count = len(set(legend["classes"].values()))
+        if len(legend) > 3 or len(set(named)) < len(named) or not 2 <= count < IGNORE:
             raise ValueError("another key, a band or code twice, or not 2 to 254 classes")
     except (ValueError, TypeError) as error:
         raise DataError(f'{path}: {error}. It may hold "s1" and "s2", lists of band names, and '
@@ -386,13 +386,15 @@ def statistics(image, unit):
 def write_row(array, row, values):
     """Put a row into the file of an array, on the disk at the end of it: a power cut leaves no
     state without its row."""
-    start, reason = array.offset + row * values.nbytes, "the disk is full"
+    file, reason = os.open(array.filename, os.O_WRONLY | os.O_DSYNC), "the disk is full"
     try:
-        with open(array.filename, "r+b", buffering=0) as file:
-            if os.pwrite(file.fileno(), values.tobytes(), start) == values.nbytes:
-                return os.fdatasync(file.fileno())
+        start = array.offset + row * values.nbytes
+        if os.pwrite(file, values.tobytes(), start) == values.nbytes:
+            return
     except OSError as error:
         reason = error.strerror
+    finally:
+        os.close(file)
     raise DataError(f"{array.filename}: cannot be written ({reason}): mend it, start again")
 
 

@@ -443,11 +443,12 @@ def train(args):
         if logs or world == 1 or step % AGREE_EVERY == 0:
             stop = gather(torch.tensor(caught[-1:]), world).max().item()
         if logs or stop:  # the only places where the host waits for the device
-            refuse_infinite(loss.item(), model, step)
+            loss = loss.item()
+            refuse_infinite(loss, model, step)
         if logs and rank == 0:
             accuracy = models.retrieval(model.similarity(z1, z2))["top1"]
             speed = (step - logged) * args.batch_size / (time.perf_counter() - clock)
-            entry = {"epoch": step / epoch_steps, "step": step, "loss": loss.item(), "lr": rate,
+            entry = {"epoch": step / epoch_steps, "step": step, "loss": loss, "lr": rate,
                      "accuracy": accuracy, "pairs_per_s": speed}
             print(json.dumps(entry), file=log)
             bar.set_postfix(loss=f"{loss:.3f}", top1=f"{accuracy:.1%}")

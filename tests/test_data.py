@@ -942,6 +942,15 @@ def test_a_name_that_is_not_utf_8(tmp_path, rng, monkeypatch, capsys):
     assert not (tmp_path / "store").exists()
 
 
+def test_a_file_of_a_product_with_more_bands_is_taken_by_its_number_of_bands(tmp_path, rng):
+    written = list(write_tree(tmp_path / "t", rng, 4, layout="plain").values())
+    for files in written[:3]:
+        rewrite(lambda a: np.delete(a, data.S2_BANDS.index("B10"), 0))(files["s2"])
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.bands["s2"] == data.L2A_BANDS and not patches.left_out
+    assert np.array_equal(patches.arrays[1][3], np.delete(read(written[3]["s2"]), data.S2_BANDS.index("B10"), 0))
+
+
 @pytest.mark.parametrize("first", range(3))
 def test_size_and_bands_are_those_that_most_have(first, tmp_path, rng):
     written = list(write_tree(tmp_path / "t", rng, 8, (16, 16), "plain").items())
@@ -1070,6 +1079,7 @@ def test_wrong_legends_are_one_line(name, tmp_path, rng):
 
 
 @pytest.mark.parametrize(("change", "words"), [
+    ({"s2": ["B4", "B3", "B2"]}, r"place \d é \d+.tif: 13 bands, .*needed are B4 B3 B2: .*legend.json"),
     ({"s2": ["B4", "pan"]}, r"place \d é \d+.tif: 13 bands, .*needed are B4 pan: .*legend.json"),
     ({"s1": ["pol"]}, r"[0-9] of 6 patches cannot be used.*place 1 é 10.tif: 2 bands, None None; needed are pol")])
 def test_bands_that_the_files_do_not_have(change, words, tmp_path, rng):

@@ -1,5 +1,6 @@
 """data.py pack: what kills, full disks and wrong files do to a store, and what a store says of itself."""
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -280,7 +281,7 @@ def test_killed_at_any_moment(tree, packed, tmp_path, moment):
     assert contents(store) == packed
 
 
-CRUCIAL = ((os, "fsync"), (os, "unlink"), (os, "open"), (os, "pwrite"), (os, "fdatasync"), (os, "mkdir"), (os, "rename"), (os, "replace"),
+CRUCIAL = ((os, "fsync"), (os, "unlink"), (os, "open"), (os, "pwrite"), (os, "mkdir"), (os, "rename"), (os, "replace"),
            (Path, "write_text"), (np.lib.format, "open_memmap"), (data.fcntl, "flock"), (json, "dumps"))
 
 
@@ -351,15 +352,14 @@ def test_killed_while_the_plan_is_written(few, tmp_path):
 
 
 def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp_path, monkeypatch):
-    """Written is synced before what follows, in this order: the pixels, their record, its state; at
-    last the index, whole before it has its name."""
-    store, states, order, unsynced = tmp_path / "store", [], [], set()
+    """Written is synced at once, in this order: the pixels, their record, its state; at last the
+    index, whole before it has its name."""
+    store, states, order = tmp_path / "store", [], []
     whole = {name: np.load(few.store / f"{name}.npy") for name in ("s1", "s2", "classes", "patches")}
-    pwrite, datasync, fsync, replace = os.pwrite, os.fdatasync, os.fsync, os.replace
+    pwrite, fsync, replace = os.pwrite, os.fsync, os.replace
 
     def written(file, content, start):
-        assert not unsynced
-        unsynced.add(Path(os.readlink(f"/proc/self/fd/{file}")))
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DSYNC
         count = pwrite(file, content, start)
         now = {name: np.load(store / f"{name}.npy") for name in whole}
         done = np.flatnonzero(now["patches"]["state"])
@@ -368,10 +368,6 @@ def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp
         states.append(len(done))
         order.append(Path(os.readlink(f"/proc/self/fd/{file}")).stem)
         return count
-
-    def synced_data(file):
-        unsynced.remove(Path(os.readlink(f"/proc/self/fd/{file}")))
-        datasync(file)
 
     def synced(file):
         order.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
@@ -382,7 +378,7 @@ def test_a_power_cut_loses_no_row_of_which_the_state_or_the_index_tells(few, tmp
         order.append(target.name)
         return replace(source, target)
 
-    for name, function in (("pwrite", written), ("fdatasync", synced_data), ("fsync", synced), ("replace", renamed)):
+    for name, function in (("pwrite", written), ("fsync", synced), ("replace", renamed)):
         monkeypatch.setattr(os, name, function)
     data.pack(few.tree, store, 1, max_bad=0.5)
     row = ["s1", "s2", "classes", "patches", "patches"]
