@@ -26,7 +26,6 @@ import numpy as np
 import rasterio
 import torch
 from rasterio.enums import MaskFlags
-from rasterio.windows import Window
 from tqdm import tqdm
 
 os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "TRUE")  # side-cars by name, no listing
@@ -45,7 +44,7 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 4
-SURVEY = 32  # a scene is judged by one of so many lines
+SURVEY = 32  # a scene is judged by one of so many pixels in each direction
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
 PLAIN = re.compile(r"(?:(.*?)/)??(s1|s2|classes)/(.*)\.(?:tiff?|vrt)", re.IGNORECASE)
@@ -81,8 +80,7 @@ def lock(file, folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(f"{folder}: another run writes there: wait for it, or choose another "
-                        "folder") from None
+        raise DataError(f"{folder}: another run writes there: wait, or choose another") from None
 
 
 def band_name(text):
@@ -91,13 +89,6 @@ def band_name(text):
     text = (text or "").upper()
     words = {word.replace("B0", "B") for word in BAND.findall(text)}
     return words.pop() if len(words) == 1 else re.sub(r"^(BAND|LAYER)[ _]?\d+$", "", text)
-
-
-def band_of_file(vrt, number):
-    """The band in the name of the file behind a band of a VRT, or ""."""
-    source = str(vrt.tags(number, ns="vrt_sources"))
-    file = "".join(re.findall("([^/>]*)</SourceFilename", source))
-    return band_name(file) if BAND.search(file.upper()) else ""
 
 
 @contextlib.contextmanager
@@ -113,47 +104,49 @@ def reading(name):
 class Raster:
     """A patch or scene of Sentinel-1 (`s1`) or Sentinel-2 (`s2`), read by what it says of itself.
 
-    bands: names of those to read, in their order; None: the only one. offset: of S2, beside
-    reflectance x 10,000; None: judge() finds it. order: of all bands of a file that names none;
-    None, or that of a product: that of the product of as many. Raises DataError.
+    bands: names of those to read, in their order; None: the only one, of a class map. offset: of
+    S2, beside reflectance x 10,000; None: judge() finds it. Raises DataError.
     """
 
-    def __init__(self, path, sensor, bands, offset=None, order=None):
+    def __init__(self, path, sensor, bands, offset=None):
         self.name, self.sensor, self.bands = Path(path).name, sensor, bands
         self.offset, self.judged = offset if sensor == "s2" else 0, False
         with reading(self.name):
             self.tif = rasterio.open(path)
+        self.names, self.numbers = self.find_bands() if bands else ([], [1])
         if not bands and self.tif.count > 1:
             raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
-        products = [S1_BANDS, S2_BANDS, L2A_BANDS, bands]
-        if order and order not in products[:3]:  # a legend says what a file of this tree holds
-            products = [order]
-        self.numbers = self.find_bands(products) if bands else [1]
 
-    def find_bands(self, products):
-        """-> their numbers, from 1 on: by the names of the bands; where none has one, by those of a
-        VRT's files; where these tell nothing, by position in a product of as many bands."""
+    def find_bands(self):
+        """-> names and numbers of those to read, B10 after all if it shows the offset: by the names
+        of the bands; where none has one, by those of a VRT's files, else by position in a product
+        of as many bands."""
         texts = self.tif.descriptions
         names = [band_name(text) for text in texts]
         if not any(names) and self.tif.driver == "VRT":
-            names = [band_of_file(self.tif, number) for number in self.tif.indexes]
-        for product in products:
-            if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
+            for k in range(len(names)):
+                source = str(self.tif.tags(k + 1, ns="vrt_sources")).upper()
+                file = "".join(re.findall("([^/>]*)</SOURCEFILENAME", source))
+                names[k] = band_name(" ".join(BAND.findall(file)))
+        for product in (self.bands, S1_BANDS, S2_BANDS, L2A_BANDS):
+            if not any(names) and len(product) == len(names):
                 names = [band_name(band) for band in product]
         wanted = [band_name(band) for band in self.bands]
         if "" in names or any(names.count(name) != 1 for name in wanted):
             raise DataError(f"{self.name}: {len(texts)} bands, {' '.join(map(str, texts))}; needed "
                             f"are {' '.join(self.bands)}: name them, or see legend.json in README")
-        return [names.index(name) + 1 for name in wanted]
+        if self.offset is None and "B10" in names and "B10" not in wanted:
+            wanted.append("B10")
+        return wanted, [names.index(name) + 1 for name in wanted]
 
-    def read(self, window=None):
+    def read(self, window=None, shape=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. Not there is what the
         nodata value or a mask says of any band, what is not finite in any, and what is 0 in all."""
         tif = self.tif  # where 0 is no data, a band of S2 may be dark: it is not if all bands are 0
         dark = self.sensor == "s2" and tif.nodata == 0
         masked = not dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
         with reading(self.name):
-            image = tif.read(self.numbers, window=window, masked=masked)
+            image = tif.read(self.numbers, window=window, out_shape=shape, masked=masked)
         image, masked = np.ma.getdata(image), np.ma.getmaskarray(image)
         there = image.any(0) & ~masked.any(0)  # the edge of many products is 0, often untagged
         if image.dtype.kind == "f":
@@ -163,15 +156,15 @@ class Raster:
     def judge(self, image, there):
         """DataError for what is not in its unit; else set self.offset, that of S2, to 1,000 where
         cirrus or a tag shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
-        if not there.any():
-            return
         seen = image.reshape(len(image), -1) if there.all() else image[:, there]
+        if not seen.size:
+            return
         low, high = seen.min(), seen.max()
         scale, added = self.tif.scales[0], self.tif.offsets[0]
         tagged = scale == 1e-4 and added == -0.1  # value * scale + added is the reflectance
-        if self.sensor == "s1":
-            unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
-        else:
+        unit = "dB, 10 log10 of power"
+        plausible = -100 <= low < 0 and high <= 100
+        if self.sensor == "s2":
             unit = "reflectance x 10,000"
             plausible = 0 <= low and 2 < high <= 65_535 and (tagged or not added)
         if not plausible or seen.dtype == np.uint8 or seen.dtype.kind == "c":
@@ -179,21 +172,20 @@ class Raster:
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
         if self.offset is None:
-            cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else 0
+            cirrus = seen[self.names.index("B10")] if "B10" in self.names else 0
             self.offset = 1000 if tagged or np.min(cirrus) >= 1000 else 0
 
     def values(self, window=None):
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
-        models.to_input() takes it. window: of a scene, which is judged by lines all over it."""
-        image, there = self.read(window)
+        models.to_input() takes it. window: of a scene, which is judged by pixels all over it."""
         if window and not self.judged:
-            tops = range(0, self.tif.height, SURVEY)
-            lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]
-            self.judge(*(np.concatenate(parts, -2) for parts in zip(*lines)))
-        # In a scene -9999 without a tag may lie between the lines that were judged.
+            sides = [math.ceil(side / SURVEY) for side in self.tif.shape]
+            self.judge(*self.read(shape=(len(self.numbers), *sides)))
+        image, there = self.read(window)
+        # In a scene -9999 without a tag may lie between the pixels that were judged.
         if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)
-        image = image.astype(np.float32) - (self.offset or 0)
+        image = image[:len(self.bands)].astype(np.float32) - (self.offset or 0)
         image[:, ~there] = np.nan
         return image
 
@@ -236,24 +228,23 @@ def place_of(name):
 
 def find_pairs(tree):
     """-> list of {"id", "split", "scene", and the paths "s1", "s2", "classes" that are there}."""
-    found, seen = defaultdict(dict), {}
+    found, reached = defaultdict(dict), {}
 
     def refuse(error):
         raise error
 
     for folder, _, names in tqdm(os.walk(tree, onerror=refuse, followlinks=True), delay=1):
-        first = seen.setdefault(os.path.realpath(folder), folder)
-        if first != folder:
-            raise DataError(f"{folder} is {first}: the same folder by a link: move the link away")
         for path in [f"{folder}/{name}" for name in names if not name.startswith(".")]:
             if not (place := place_of(os.path.relpath(path, tree))):
                 continue
             patch, split, scene, sensor = place
-            if sensor in found[patch]:
-                raise DataError(f"{found[patch][sensor]}, {path}: both {sensor} of {patch}: is one "
-                                "a link or a copy? Move it elsewhere")
+            twin = found[patch].get(sensor) or reached.get(os.path.realpath(path))
+            if twin:
+                raise DataError(f"{twin}, {path}: both {sensor} of {patch}, or one file by a link: "
+                                "move the link or the copy elsewhere")
             if path.encode(errors="replace") != os.fsencode(path):
                 raise DataError(f"{path!a}: a name that is not UTF-8: rename it")
+            reached[os.path.realpath(path)] = path
             found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
     if not any(pair.keys() >= {"s1", "s2"} for pair in found.values()):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and ROIs"
@@ -289,10 +280,10 @@ def make_plan(tree, pairs, s2_offset):
     for path in paths[::math.ceil(len(paths) / 100)]:
         for bands in products:
             with contextlib.suppress(DataError):
-                kinds[Raster(path, "s2", bands, order=bands).tif.shape, tuple(bands)] += 1
+                kinds[Raster(path, "s2", bands).tif.shape, tuple(bands)] += 1
                 break
     if not kinds:
-        Raster(paths[0], "s2", products[0], order=products[0])  # says what is wrong
+        Raster(paths[0], "s2", products[0])  # says what is wrong
     (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files
     near = root, *root.parents, *root.glob("*/")
     return {"format": STORE_FORMAT,
@@ -327,8 +318,7 @@ def read_patch(pair, plan):
         raise DataError(f"no {min(lacking)} file")
     rasters, images, codes = {}, {}, np.full(plan["size"], -1)  # -1: no label
     for sensor in [sensor for sensor in ("s2", "s1", "classes") if sensor in pair]:
-        bands = plan["bands"].get(sensor)
-        raster = Raster(pair[sensor], sensor, bands, plan["s2_offset"], order=bands)
+        raster = Raster(pair[sensor], sensor, plan["bands"].get(sensor), plan["s2_offset"])
         rasters[sensor] = raster
         if list(raster.tif.shape) != plan["size"]:
             raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
@@ -361,26 +351,15 @@ def layout(plan):
     return arrays | {"patches.npy": (record, (count,))}
 
 
-def open_arrays(store, plan):
-    """-> read-only maps of a store's arrays, the records last; DataError where one is not whole."""
-    try:
-        return [np.load(Path(store, name), mmap_mode="r") for name in layout(plan)]
-    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
-        raise DataError(f"{store}: not a whole store ({error}): remove it and pack again") from None
-
-
 def statistics(image, unit):
-    """(c, h, w) integers of a store -> STATISTICS of each band, in the unit."""
-    there, rows = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
+    """(c, h, w) integers of a store -> (5, c) STATISTICS of each band, in the unit."""
+    there, columns = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
     for band in image:
-        band = band.ravel() if there.all() else band[there]
-        floats = band.astype(float)  # of one band: the processor's cache holds it
-        squares = int(np.einsum("i,i", floats, floats))  # BLAS would wait for its own threads
-        count, total = len(band), int(floats.sum())
-        variance = (count * squares - total**2) / count**2  # of integers: nothing is rounded
-        values = total / count / unit, variance / unit**2, band.min() / unit, band.max() / unit
-        rows.append((count, *values))
-    return rows
+        seen = band[there].astype(float)  # of one band: the processor's cache holds it
+        mean, square = seen.mean(), np.einsum("i,i", seen, seen) / len(seen)
+        variance = max(0, square - mean**2) / unit**2  # of integers: the sums are exact
+        columns.append((len(seen), mean / unit, variance, seen.min() / unit, seen.max() / unit))
+    return np.transpose(columns)
 
 
 def write_row(array, row, values):
@@ -398,19 +377,18 @@ def write_row(array, row, values):
     raise DataError(f"{array.filename}: cannot be written ({reason}): mend it, start again")
 
 
-def pack_row(pair, plan, store, arrays, row):
+def pack_row(pair, plan, arrays, row):
     """Read, judge and write one patch, its state last -> "", or why it is bad."""
     try:
         s1, s2, classes, offset = read_patch(pair, plan)
     except DataError as reason:
         return str(reason)
-    (store / "index.json").unlink(missing_ok=True)  # of a store that did not have this patch
     *images, records = arrays
     for array, image in zip(images, (s1, s2, classes)):
         write_row(array, row, image)
     pixels = np.bincount(classes.ravel(), minlength=256)
     pixels = pixels[[*range(len(plan["classes"])), IGNORE]]
-    bands = np.transpose(statistics(s1, 100) + statistics(s2, 1))
+    bands = np.concatenate((statistics(s1, 100), statistics(s2, 1)), 1)
     for state in (0, 1):  # the second time, only the state is another
         write_row(records, row, np.array((state, offset, pixels, *bands), records.dtype))
     return ""
@@ -435,12 +413,13 @@ def ahead(function, items, threads=None, depth=2):
 
 def fill(store, pairs, plan, threads, max_bad):
     """Pack the pairs whose rows are not whole, and write index.json at last."""
-    arrays, left_out = open_arrays(store, plan), {}
+    arrays, left_out = [np.load(store / name, mmap_mode="r") for name in layout(plan)], {}
     rows = np.flatnonzero(arrays[-1]["state"] == 0).tolist()
     if len(rows) < len(pairs):
         print(f"{store}: {len(pairs) - len(rows)} of {len(pairs)} patches were packed before; "
               "remove it to pack files that have changed since")
-    work = ahead(lambda row: pack_row(pairs[row], plan, store, arrays, row), rows, threads)
+    (store / "index.json").unlink(missing_ok=True)
+    work = ahead(lambda row: pack_row(pairs[row], plan, arrays, row), rows, threads)
     with contextlib.closing(work):  # no thread writes after an error
         for row, reason in tqdm(zip(rows, work), "packing", len(rows), unit="patch"):
             if reason:
@@ -503,11 +482,11 @@ class Patches:
             index = json.loads(Path(path, "index.json").read_text())
             if index["format"] != STORE_FORMAT:
                 raise ValueError(f"format {index['format']}, this version has {STORE_FORMAT}")
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(index)]
+        except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             raise DataError(f"{path}: not a whole store ({error}): of a folder of GeoTIFFs `python "
                             f"data.py pack {path} STORE` makes one, and finishes what broke off; "
                             "README says where SEN12MS is, and how to simulate data") from None
-        maps = open_arrays(path, index)
         self.path, self.identity, self.simulated = str(path), index["identity"], index["simulated"]
         self.ids, self.scenes, self.left_out = index["ids"], index["scenes"], index["left_out"]
         self.splits, self.size = np.array(index["splits"]), index["size"]
@@ -546,8 +525,6 @@ class Patches:
             at = [recorded.index(band) for band in bands]
             stats[sensor] = {"mean": average[at].tolist(), "std": std[at].tolist()}
         return stats
-
-
 def split_scenes(patches, share):
     """Rows to train on and rows held out: the split `test` where there is one, else that share of
     the scenes, whole ones, the same in every run."""
