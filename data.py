@@ -238,13 +238,13 @@ def find_pairs(tree):
             if not (place := place_of(os.path.relpath(path, tree))):
                 continue
             patch, split, scene, sensor = place
-            twin = found[patch].get(sensor) or reached.get(os.path.realpath(path))
-            if twin:
+            file = os.path.realpath(path)
+            if twin := found[patch].get(sensor) or reached.get(file):
                 raise DataError(f"{twin}, {path}: both {sensor} of {patch}, or one file by a link: "
                                 "move the link or the copy elsewhere")
             if path.encode(errors="replace") != os.fsencode(path):
                 raise DataError(f"{path!a}: a name that is not UTF-8: rename it")
-            reached[os.path.realpath(path)] = path
+            reached[file] = path
             found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
     if not any(pair.keys() >= {"s1", "s2"} for pair in found.values()):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and ROIs"
