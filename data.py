@@ -110,9 +110,10 @@ class Raster:
 
     def __init__(self, path, sensor, bands, offset=None):
         self.name, self.sensor, self.bands = Path(path).name, sensor, bands
-        self.offset, self.judged = offset if sensor == "s2" else 0, False
+        self.offset = offset if sensor == "s2" else 0
+        self.judged = False
         with reading(self.name):
-            self.tif = rasterio.open(path)
+            self.tif = rasterio.open(path)  # closed when nobody holds the Raster any more
         self.names, self.numbers = self.find_bands() if bands else ([], [1])
         if not bands and self.tif.count > 1:
             raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
@@ -140,15 +141,16 @@ class Raster:
         return wanted, [names.index(name) + 1 for name in wanted]
 
     def read(self, window=None, shape=None):
-        """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. Not there is what the
-        nodata value or a mask says of any band, what is not finite in any, and what is 0 in all."""
-        tif = self.tif  # where 0 is no data, a band of S2 may be dark: it is not if all bands are 0
-        dark = self.sensor == "s2" and tif.nodata == 0
-        masked = not dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
+        """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. A pixel is missing if
+        the nodata value or a mask says so of any band, if a band is not finite, or all are 0."""
+        tif = self.tif
+        # S2 with nodata 0: one dark band is 0, too, and does not make its pixel a missing one.
+        zero_is_dark = self.sensor == "s2" and tif.nodata == 0
+        use_mask = not zero_is_dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
         with reading(self.name):
-            image = tif.read(self.numbers, window=window, out_shape=shape, masked=masked)
-        image, masked = np.ma.getdata(image), np.ma.getmaskarray(image)
-        there = image.any(0) & ~masked.any(0)  # the edge of many products is 0, often untagged
+            image = tif.read(self.numbers, window=window, out_shape=shape, masked=use_mask)
+        image, mask = np.ma.getdata(image), np.ma.getmaskarray(image)
+        there = image.any(0) & ~mask.any(0)  # the edge of many products is 0, often untagged
         if image.dtype.kind == "f":
             there &= np.isfinite(image).all(0)
         return image, there
@@ -162,12 +164,13 @@ class Raster:
         low, high = seen.min(), seen.max()
         scale, added = self.tif.scales[0], self.tif.offsets[0]
         tagged = scale == 1e-4 and added == -0.1  # value * scale + added is the reflectance
-        unit = "dB, 10 log10 of power"
-        plausible = -100 <= low < 0 and high <= 100
-        if self.sensor == "s2":
+        if self.sensor == "s1":
+            unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
+        else:
             unit = "reflectance x 10,000"
             plausible = 0 <= low and 2 < high <= 65_535 and (tagged or not added)
-        if not plausible or seen.dtype == np.uint8 or seen.dtype.kind == "c":
+        stretched_or_complex = seen.dtype == np.uint8 or seen.dtype.kind == "c"
+        if stretched_or_complex or not plausible:
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
@@ -182,8 +185,9 @@ class Raster:
             sides = [math.ceil(side / SURVEY) for side in self.tif.shape]
             self.judge(*self.read(shape=(len(self.numbers), *sides)))
         image, there = self.read(window)
-        # In a scene -9999 without a tag may lie between the pixels that were judged.
-        if not self.judged or np.min(image, where=there, initial=0) < -100:
+        # The survey of a scene may meet no pixel that is there, and no -9999 without a tag.
+        lowest = np.min(image, where=there, initial=0)
+        if not self.judged or lowest < -100:
             self.judge(image, there)
         image = image[:len(self.bands)].astype(np.float32) - (self.offset or 0)
         image[:, ~there] = np.nan
@@ -195,9 +199,10 @@ def refuse_other_grid(one, other):
     first. One that says nothing is believed to lie where the other does."""
     apart, differ = 0, ""
     if not (one.transform.is_identity or other.transform.is_identity):
-        corners = [[0, one.width, 0], [0, 0, one.height], [1, 1, 1]]
+        corners = [[0, one.width, 0], [0, 0, one.height], [1, 1, 1]]  # (x, y, 1) of three, in px
         moved = np.reshape(np.subtract(one.transform, other.transform), (3, 3)) @ corners
-        apart = np.abs(moved).max() / math.sqrt(abs(other.transform.determinant) or 1)  # px
+        pixel = math.sqrt(abs(other.transform.determinant) or 1)  # its side, in units of the map
+        apart = np.abs(moved).max() / pixel
     if one.crs and other.crs and one.crs != other.crs:
         differ = f"{one.crs} and {other.crs}"
     elif one.shape != other.shape or apart > 1e-3:
@@ -285,7 +290,7 @@ def make_plan(tree, pairs, s2_offset):
     if not kinds:
         Raster(paths[0], "s2", products[0])  # says what is wrong
     (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files
-    near = root, *root.parents, *root.glob("*/")
+    near = root, *root.parents, *root.glob("*/")  # simulate.py marks the folder of both its trees
     return {"format": STORE_FORMAT,
             "bands": {"s1": legend["s1"], "s2": list(bands)},
             "size": list(size),
@@ -293,7 +298,7 @@ def make_plan(tree, pairs, s2_offset):
             "codes": legend["classes"],
             "classes": list(dict.fromkeys(legend["classes"].values())),
             "labelled": any("classes" in pair for pair in pairs),
-            "simulated": any((folder / "SIMULATED").exists() for folder in near),  # simulate.py's
+            "simulated": any((folder / "SIMULATED").exists() for folder in near),
             "ids": [pair["id"] for pair in pairs],
             "splits": [pair["split"] for pair in pairs],
             "scenes": [pair["scene"] for pair in pairs]}
@@ -384,12 +389,12 @@ def pack_row(pair, plan, arrays, row):
     except DataError as reason:
         return str(reason)
     *images, records = arrays
-    for array, image in zip(images, (s1, s2, classes)):
+    for array, image in zip(images, (s1, s2, classes)):  # images: two where none has a class map
         write_row(array, row, image)
     pixels = np.bincount(classes.ravel(), minlength=256)
     pixels = pixels[[*range(len(plan["classes"])), IGNORE]]
     bands = np.concatenate((statistics(s1, 100), statistics(s2, 1)), 1)
-    for state in (0, 1):  # the second time, only the state is another
+    for state in (0, 1):  # a power cut between may not leave state 1 with half a record
         write_row(records, row, np.array((state, offset, pixels, *bands), records.dtype))
     return ""
 
@@ -453,7 +458,8 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     with open(packing, "a+") as file:  # a lock, and the plan, a line, once the arrays are there
         lock(file, store)
         begun = packing.read_text()
-        if not (begun.endswith("\n") or (store / "index.json").exists()):
+        finished = (store / "index.json").exists()  # never made anew, even if its plan is damaged
+        if not finished and not begun.endswith("\n"):  # a first start, or one killed right here
             for name, (dtype, shape) in layout(plan).items():
                 np.lib.format.open_memmap(store / name, "w+", dtype, shape)  # takes no room yet
             file.truncate(0)
@@ -491,7 +497,7 @@ class Patches:
         self.ids, self.scenes, self.left_out = index["ids"], index["scenes"], index["left_out"]
         self.splits, self.size = np.array(index["splits"]), index["size"]
         self.classes, self.stored = index["classes"], index["bands"]
-        *images, self.records = map(np.asarray, maps)  # a memmap is slow
+        *images, self.records = map(np.asarray, maps)  # np.memmap is slow to index
         self.arrays = [image.reshape(len(image), -1, *self.size) for image in images]
         self.files = [open(array.filename, "rb") for array in maps]  # noqa: SIM115
         self.starts = [array.offset for array in maps]  # of the first row in its file
@@ -499,16 +505,16 @@ class Patches:
         label = self.records["pixels"].argmax(1)
         label[(label == len(self.classes)) | (self.records["state"] == 0)] = IGNORE
         self.labels = label if index["labelled"] else None
-        self.bands, self.picks = {}, []  # picks: their numbers in each array
-        for sensor, stored in self.stored.items():
-            self.bands[sensor] = [band for band in bands or stored if band in stored]
-            self.picks.append([stored.index(band) for band in self.bands[sensor]])
-        self.picks.append([0])  # of the class maps
-        known = self.bands["s1"] + self.bands["s2"]
-        unknown = [band for band in bands or () if band not in known]
-        if unknown:
+        known = self.stored["s1"] + self.stored["s2"]
+        wanted = bands or known
+        if unknown := [band for band in wanted if band not in known]:
             raise DataError(f"{path}: no band {' '.join(unknown)}, see --bands; it has "
                             f"{self.stored}")
+        self.bands, self.picks = {}, []  # picks: their numbers in each array
+        for sensor, stored in self.stored.items():
+            self.bands[sensor] = [band for band in wanted if band in stored]
+            self.picks.append([stored.index(band) for band in self.bands[sensor]])
+        self.picks.append([0])  # of the class maps
 
     def rows_of(self, *splits):
         """Good rows of these splits."""
@@ -525,6 +531,8 @@ class Patches:
             at = [recorded.index(band) for band in bands]
             stats[sensor] = {"mean": average[at].tolist(), "std": std[at].tolist()}
         return stats
+
+
 def split_scenes(patches, share):
     """Rows to train on and rows held out: the split `test` where there is one, else that share of
     the scenes, whole ones, the same in every run."""
@@ -574,16 +582,17 @@ def cut(patches, batch, crop, kinds, pin_memory):
     crops, (rows, tops, _) = [], batch
     stored = zip(kinds, patches.arrays, patches.picks, patches.files, patches.starts)
     for kind, array, picks, file, start in stored:
-        row, plane, line, _ = array.strides
-        lines = start + (rows * row + tops * line)[:, None] + np.multiply(picks, plane)
-        for first in lines.ravel().tolist():  # by pages, disks are slow
-            os.posix_fadvise(file.fileno(), first, crop * line, os.POSIX_FADV_WILLNEED)
+        row_bytes, band_bytes, line_bytes, _ = array.strides
+        first_lines = start + (rows * row_bytes + tops * line_bytes)[:, None]
+        offsets = first_lines + np.multiply(picks, band_bytes)  # (B, c)
+        for offset in offsets.ravel().tolist():  # read ahead: page by page, disks are slow
+            os.posix_fadvise(file.fileno(), offset, crop * line_bytes, os.POSIX_FADV_WILLNEED)
         shape = len(rows), len(picks), crop, crop
         crops.append(torch.empty(shape, dtype=kind, pin_memory=pin_memory))
-        if picks == list(range(array.shape[1])):
-            picks = slice(None)  # no copy between, as a list makes one
+        all_bands = picks == list(range(array.shape[1]))
+        bands = slice(None) if all_bands else picks  # a list makes a copy between
         for image, row, top, left in zip(crops[-1].numpy(), *batch):
-            image[:] = array[row, picks, top:top + crop, left:left + crop]
+            image[:] = array[row, bands, top:top + crop, left:left + crop]
     return crops
 
 
@@ -599,7 +608,7 @@ def loader(patches, batches, crop, device="cpu", threads=None, classes=False):
             return batch[0], cut(patches, batch, crop, kinds, False), None
         torch.cuda.set_device(stream.device)  # each thread begins with the first GPU
         crops = cut(patches, batch, crop, kinds, True)
-        with torch.cuda.stream(stream):  # beside the computing; torch uses pinned memory again
+        with torch.cuda.stream(stream):  # beside the computing
             crops = [tensor.to(device, non_blocking=True) for tensor in crops]
         return batch[0], crops, stream.record_event()
 

@@ -340,8 +340,9 @@ def read_strip(scene, bands, window):
 
 
 def windows(length, crop, step):
-    """Starts of windows that cover so many px, and the bounds between the px that are each one's:
-    the `step` in its middle, at both ends all up to the edge."""
+    """Starts of windows of `crop` px that cover `length` px, and the bounds between the px that get
+    the class of each: `step` px in its middle, at both ends all up to the edge. 8 px, crop 4, step
+    2: starts 0, 2, 4, bounds 0, 3, 5, 8."""
     starts = [*range(0, length - crop, step), length - crop]
     middles = [step * k + (crop - step) // 2 for k in range(1, len(starts))]
     return starts, [0, *middles, length]
@@ -371,13 +372,14 @@ def classify(model, scaling, images, corners, crop, args):
 
 def map_strips(args, content, model, scaling, scene, step):
     """Yield a map from top to bottom, the next part of the scene read beside the computing: number
-    of the first line, values (bands, lines, width) uint8, 255 for no data."""
+    of the first line, values (bands, lines, width) uint8, 255 for no data. All px of a block of
+    `step` px, the middle of a window, have one value."""
     model.to(args.device, memory_format=torch.channels_last)
     crop, grid = content["crop"], grid_of(scene)
-    tops, ends = windows(grid.height, crop, step)
-    lefts, right_ends = windows(grid.width, crop, step)
+    tops, down_bounds = windows(grid.height, crop, step)
+    lefts, right_bounds = windows(grid.width, crop, step)
     n = max(1, STRIP // step)  # lines of windows
-    strips = [(tops[k:k + n], ends[k:k + n + 1]) for k in range(0, len(tops), n)]
+    strips = [(tops[k:k + n], down_bounds[k:k + n + 1]) for k in range(0, len(tops), n)]
 
     def read(strip):
         starts, _ = strip
@@ -392,8 +394,8 @@ def map_strips(args, content, model, scaling, scene, step):
         values = logits.argmax(1, keepdim=True)
         if content["task"] == "multi":
             values = (100 * logits.sigmoid()).round()
-        values = values.byte().cpu().numpy().T.reshape(-1, len(starts), len(lefts))
-        values = values.repeat(np.diff(bounds), 1).repeat(np.diff(right_ends), 2)
+        values = values.byte().cpu().numpy().T.reshape(-1, len(starts), len(lefts))  # by window
+        values = values.repeat(np.diff(bounds), 1).repeat(np.diff(right_bounds), 2)  # by px
         first, last = bounds[0] - starts[0], bounds[-1] - starts[0]  # lines of the strip
         values[:, missing[first:last]] = NO_DATA
         yield bounds[0], values

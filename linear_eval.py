@@ -102,6 +102,7 @@ class Results:
         return lines
 
     def has(self, settings):
+        """Whether a line has all these settings, with what came out beside them."""
         return any(settings.items() <= line.items() for line in self.read())
 
     def add(self, settings, scores, **more):
@@ -235,23 +236,23 @@ def principal_axes(x):
     return torch.linalg.eigh(x.T @ x).eigenvectors
 
 
-def folds(rows, labels, count, seed):
+def folds(rows, patch_labels, count, seed):
     """(n,) patch of each crop, labels of all patches -> (n,) fold of each crop: the patches of each
     class dealt out in turn, all crops of a patch into one fold."""
     order = np.random.default_rng(seed).permutation(np.unique(rows))
-    order = order[np.argsort(labels[order], kind="stable")]
-    fold = np.empty(len(labels), int)
+    order = order[np.argsort(patch_labels[order], kind="stable")]
+    fold = np.empty(len(patch_labels), int)
     fold[order] = np.arange(len(order)) % count
     return fold[rows]
 
 
-def choose_penalty(task, x, y, weight, rows, labels, seed):
-    """Penalty with the best average score over folds of the training patches, of equals the
-    strongest; where all are equal, as with one patch of each class, the middle one."""
+def choose_penalty(task, x, y, weight, rows, patch_labels, seed):
+    """Penalty with the best average score over folds of the training patches, the strongest of
+    several; where all are equally good, as with one patch of each class, the middle one."""
     count = min(FOLDS, len(np.unique(rows)))
-    if count == 1:  # nothing to choose by: a strong one for a single patch
+    if count == 1:  # a single patch: nothing to hold out, and little to learn from: a strong one
         return 1.0
-    fold = folds(rows, labels, count, seed)
+    fold = folds(rows, patch_labels, count, seed)
     others = torch.from_numpy(fold != np.arange(count)[:, None])  # (K, n)
     weight = weight * others.to(weight)
     true = y.cpu().numpy()
@@ -265,10 +266,11 @@ def choose_penalty(task, x, y, weight, rows, labels, seed):
     return float(PENALTIES[best])
 
 
-def probe(task, train, test, chosen, labels, seed, device="cpu"):
+def probe(task, train, test, chosen, patch_labels, seed, device="cpu"):
     """Learn from the training crops of the patches `chosen` (repeats are weights), predict the test
-    crops, both as extract() gives them. labels: of all patches -> (scores, what else to report)."""
-    times = np.bincount(chosen, minlength=len(labels))[train["row"]]
+    crops, both as extract() gives them. patch_labels: of all patches, to deal them out into folds,
+    in both tasks -> (scores, what else to report)."""
+    times = np.bincount(chosen, minlength=len(patch_labels))[train["row"]]
     used = (times > 0) & train[task].any(1)
     tested = test[task].any(1)
     true = test[task][tested]
@@ -279,7 +281,7 @@ def probe(task, train, test, chosen, labels, seed, device="cpu"):
     x, queries = (x - mean) / sd, (queries - mean) / sd
     axes = principal_axes(x)
     x = x @ axes
-    penalty = choose_penalty(task, x, y, weight, train["row"][used], labels, seed)
+    penalty = choose_penalty(task, x, y, weight, train["row"][used], patch_labels, seed)
     model = fit(task, x.double(), y, weight[None].double(), penalty)
     logits = predict(queries.double() @ axes.double(), *model)[:, 0]
     counts = {"train_patches": len(set(chosen)), "train_crops": len(x), "test_crops": len(true),
@@ -370,7 +372,7 @@ def draw_retrieval(args, rows, nearest, title):
     columns = zip(axes.T, shown, data.loader(patches, batches, args.crop))
     for column, places, (s1, s2, *_) in columns:  # a batch is what one column shows
         pictures, colours = composite(s2.numpy(), patches.bands["s2"])
-        column[0].imshow(s1[0, 0], "gray", vmin=-2500, vmax=0)
+        column[0].imshow(s1[0, 0].numpy(), "gray", vmin=-2500, vmax=0)
         for axis, place, picture in zip(column[1:], places[1:], pictures[1:]):
             axis.imshow(picture)
             if place == places[0]:
@@ -427,7 +429,7 @@ def read_options(parser):
     # Read once more with the checkpoint's values as defaults: what differs now was typed.
     parser.set_defaults(**held, crop=content["args"].get("crop", args.crop))
     args = parser.parse_args()
-    if vars(args) | held != vars(args):
+    if (vars(args) | held) != vars(args):
         raise models.CheckpointError(f"{args.checkpoint}: holds {held}: leave --method, --arch, "
                                      "--scale and --bands out")
     return args, content

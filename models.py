@@ -25,6 +25,7 @@ import torchvision
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
+# As in data.py, so that each of the two files can be copied alone:
 S1_BANDS = ["VV", "VH"]
 S2_BANDS = ["B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B9", "B10", "B11", "B12"]
 RGB = ["B4", "B3", "B2"]
@@ -73,7 +74,7 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
     if not s1.is_floating_point():
         s1 = torch.where(s1 == MISSING, torch.nan, s1 / 100)
     missing = ~s1.isfinite()
-    s1 = s1.float().masked_fill(missing, -99)
+    s1 = s1.float().masked_fill(missing, -99)  # below all that is clipped
     s2 = s2.float().nan_to_num(0, posinf=0, neginf=0)
     unseen = (s2 == 0).all(1, keepdim=True)
     s2 = (s2 - s2_offset).clamp(0)
@@ -268,7 +269,8 @@ def nt_xent(z1, z2, temperature):
     z = torch.cat((unit(z1), unit(z2)))
     with torch.autocast(z.device.type, enabled=False):
         logits = z / temperature @ z.T  # (2N, 2N)
-    logits.detach().fill_diagonal_(float("-inf"))  # off the graph: no gradient
+    # In place, and unseen by autograd: the gradient of a product does not need its result.
+    logits.detach().fill_diagonal_(float("-inf"))
     partner = torch.arange(len(z), device=z.device).roll(len(z1))
     return F.cross_entropy(logits, partner)
 

@@ -93,8 +93,8 @@ def join_processes(args):
 
 
 def meeting(rank):
-    """Where the processes tell each other their addresses: a part of torchrun's store for each
-    restart, over which it keeps those of the dead."""
+    """Where the processes tell each other their addresses. torchrun's store outlives a restart and
+    still holds the addresses of dead processes, so each restart gets a part of its own."""
     store, _, _ = next(dist.rendezvous("env://"))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # it differs between hosts: count anew
@@ -177,9 +177,10 @@ def network_inputs(s1, s2, args, stats, step, mine=slice(None)):
 
 
 def draw_views(count, seed, step):
-    """What is random in two views of `count` images (Chen et al. 2020) -> (2, count, 12): a crop as
-    F.affine_grid takes it, a factor for jitter() of each kind, that of saturation again for grey,
-    px for blur(); (2, 4): the order of the kinds, which all images of a view share."""
+    """What is random in two views of `count` images (Chen et al. 2020) -> (2, count, 12): columns 0
+    to 5 the crop as F.affine_grid takes it, 6 to 9 a factor for each kind of jitter(), 10 that of
+    saturation again for grey, 11 px for blur(); (2, 4): the order of the kinds, which all images of
+    a view share."""
     rng = np.random.default_rng((seed, step, 1))  # (seed, epoch) draws the places of the crops
     shape = 2, count
     ratio = (4 / 3) ** rng.uniform(-1, 1, shape)
@@ -232,7 +233,7 @@ def jitter(kind, images, factor):
 
 
 def turn_hue(images, turn):
-    """turn: (N, 1, 1, 1), of the wheel of colours."""
+    """From RGB to hue, saturation, value and back, as in HSV. turn: (N, 1, 1, 1), of the circle."""
     value, brightest = images.max(1, keepdim=True)
     chroma = value - images.amin(1, keepdim=True)
     others = images.roll(-1, 1) - images.roll(-2, 1)
@@ -261,15 +262,19 @@ def forward_backward(network, cast, loss_of, a, b, micro, rank, world):
     back through the network, micro-batch by micro-batch (Gao et al. 2021). That is exact but for
     batch norm, which sees each micro-batch by itself, and twice."""
     parts = list(zip(a.split(micro), b.split(micro)))
-    twice = len(parts) > 1
+    twice = len(parts) > 1  # the first time without gradients, for the embeddings alone
     with cast, torch.set_grad_enabled(not twice):
         outputs = [torch.stack(network(*part), 1) for part in parts]  # (micro, 2, ...)
-    everyone = gather(torch.cat(outputs).detach(), world).requires_grad_()  # (N, 2, ...)
-    mine = slice(rank * len(a), (rank + 1) * len(a))
-    loss = loss_of(*everyone.unbind(1))
+
+    # The loss of all embeddings, which are leaves here: their gradient, and no further.
+    embeddings = gather(torch.cat(outputs).detach(), world).requires_grad_()  # (N, 2, ...)
+    loss = loss_of(*embeddings.unbind(1))
     loss.backward()
-    # DDP takes the mean of what the processes add to the gradient; theirs is to be the sum.
-    gradients = (world * everyone.grad[mine]).split(micro)
+
+    # Back through the network. The weights' gradient is the sum of what all processes add, while
+    # DDP takes the mean: hence `world` times.
+    mine = slice(rank * len(a), (rank + 1) * len(a))
+    gradients = (world * embeddings.grad[mine]).split(micro)
     for part, output, gradient in zip(parts, outputs, gradients):
         if world > 1:  # share the sum over the micro-batches alone, as DDP's no_sync() does
             network.require_backward_grad_sync = part is parts[-1]
@@ -277,7 +282,7 @@ def forward_backward(network, cast, loss_of, a, b, micro, rank, world):
             with cast:
                 output = torch.stack(network(*part), 1)
         output.backward(gradient)
-    return loss.detach(), *everyone.detach().unbind(1)
+    return loss.detach(), *embeddings.detach().unbind(1)
 
 
 def learning_rate(step, epoch_steps, args):
@@ -373,7 +378,7 @@ def resume(path, settings, model, optimizer):
 
 def refuse_other_folder(out, start, world):
     """CheckpointError in every process where one of them has a folder of its own."""
-    gather(torch.tensor([start]), world)  # now the log of the first process is there for all
+    gather(torch.tensor([start]), world)  # a barrier: the first process has made the log
     found = start if (out / "log.jsonl").exists() else -1
     if (gather(torch.tensor([found]), world) != start).any():
         raise models.CheckpointError(f"{out}: not that of the other processes: share one")
@@ -417,7 +422,7 @@ def train(args):
         print(json.dumps(entry), file=log)
         return found
 
-    caught = [0]  # the last signal ends the run, after the step in hand
+    caught = [0]  # signals; the last one, 0 for none, ends the run after the step in hand
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: caught.append(number))
     if held_crops and not start:

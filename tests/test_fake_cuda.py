@@ -145,7 +145,7 @@ def test_fine_tuning_and_map(method, task, scale, tmp_path):
     assert logits.device == GPU and logits.shape == (2, 8)
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")
+@pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
 @pytest.mark.parametrize("task", ["single", "multi"])
 @pytest.mark.parametrize("width", [3, 40])  # fewer and more than crops, see principal_axes()
 def test_probe(task, width):
