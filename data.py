@@ -26,6 +26,7 @@ import numpy as np
 import rasterio
 import torch
 from rasterio.enums import MaskFlags
+from rasterio.windows import Window
 from tqdm import tqdm
 
 os.environ.setdefault("GDAL_DISABLE_READDIR_ON_OPEN", "TRUE")  # side-cars by name, no listing
@@ -44,7 +45,7 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 4
-SURVEY = 32  # a scene is judged by one of so many pixels in each direction
+SURVEY = 32  # a scene is judged by one of so many lines
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
 PLAIN = re.compile(r"(?:(.*?)/)??(s1|s2|classes)/(.*)\.(?:tiff?|vrt)", re.IGNORECASE)
@@ -80,7 +81,8 @@ def lock(file, folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise DataError(f"{folder}: another run writes there: wait, or choose another") from None
+        raise DataError(f"{folder}: another run writes there: wait for it, or choose another "
+                        "folder") from None
 
 
 def band_name(text):
@@ -89,6 +91,13 @@ def band_name(text):
     text = (text or "").upper()
     words = {word.replace("B0", "B") for word in BAND.findall(text)}
     return words.pop() if len(words) == 1 else re.sub(r"^(BAND|LAYER)[ _]?\d+$", "", text)
+
+
+def band_of_file(vrt, number):
+    """The band in the name of the file behind a band of a VRT, or ""."""
+    source = str(vrt.tags(number, ns="vrt_sources"))
+    file = "".join(re.findall("([^/>]*)</SourceFilename", source))
+    return band_name(file) if BAND.search(file.upper()) else ""
 
 
 @contextlib.contextmanager
@@ -104,43 +113,41 @@ def reading(name):
 class Raster:
     """A patch or scene of Sentinel-1 (`s1`) or Sentinel-2 (`s2`), read by what it says of itself.
 
-    bands: names of those to read, in their order; None: the only one, of a class map. offset: of
-    S2, beside reflectance x 10,000; None: judge() finds it. Raises DataError.
+    bands: names of those to read, in their order; None: the only one. offset: of S2, beside
+    reflectance x 10,000; None: judge() finds it. order: of all bands of a file that names none;
+    None, or that of a product: that of the product of as many. Raises DataError.
     """
 
-    def __init__(self, path, sensor, bands, offset=None):
+    def __init__(self, path, sensor, bands, offset=None, order=None):
         self.name, self.sensor, self.bands = Path(path).name, sensor, bands
         self.offset = offset if sensor == "s2" else 0
         self.judged = False
         with reading(self.name):
             self.tif = rasterio.open(path)  # closed when nobody holds the Raster any more
-        self.names, self.numbers = self.find_bands() if bands else ([], [1])
         if not bands and self.tif.count > 1:
             raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
+        products = [S1_BANDS, S2_BANDS, L2A_BANDS, bands]
+        if order and order not in products[:3]:  # a legend says what a file of this tree holds
+            products = [order]
+        self.numbers = self.find_bands(products) if bands else [1]
 
-    def find_bands(self):
-        """-> names and numbers of those to read, B10 after all if it shows the offset: by the names
-        of the bands; where none has one, by those of a VRT's files, else by position in a product
-        of as many bands."""
+    def find_bands(self, products):
+        """-> their numbers, from 1 on: by the names of the bands; where none has one, by those of a
+        VRT's files; where these tell nothing, by position in a product of as many bands."""
         texts = self.tif.descriptions
         names = [band_name(text) for text in texts]
         if not any(names) and self.tif.driver == "VRT":
-            for k in range(len(names)):
-                source = str(self.tif.tags(k + 1, ns="vrt_sources")).upper()
-                file = "".join(re.findall("([^/>]*)</SOURCEFILENAME", source))
-                names[k] = band_name(" ".join(BAND.findall(file)))
-        for product in (self.bands, S1_BANDS, S2_BANDS, L2A_BANDS):
-            if not any(names) and len(product) == len(names):
+            names = [band_of_file(self.tif, number) for number in self.tif.indexes]
+        for product in products:
+            if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
                 names = [band_name(band) for band in product]
         wanted = [band_name(band) for band in self.bands]
         if "" in names or any(names.count(name) != 1 for name in wanted):
             raise DataError(f"{self.name}: {len(texts)} bands, {' '.join(map(str, texts))}; needed "
                             f"are {' '.join(self.bands)}: name them, or see legend.json in README")
-        if self.offset is None and "B10" in names and "B10" not in wanted:
-            wanted.append("B10")
-        return wanted, [names.index(name) + 1 for name in wanted]
+        return [names.index(name) + 1 for name in wanted]
 
-    def read(self, window=None, shape=None):
+    def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. A pixel is missing if
         the nodata value or a mask says so of any band, if a band is not finite, or all are 0."""
         tif = self.tif
@@ -148,7 +155,7 @@ class Raster:
         zero_is_dark = self.sensor == "s2" and tif.nodata == 0
         use_mask = not zero_is_dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
         with reading(self.name):
-            image = tif.read(self.numbers, window=window, out_shape=shape, masked=use_mask)
+            image = tif.read(self.numbers, window=window, masked=use_mask)
         image, mask = np.ma.getdata(image), np.ma.getmaskarray(image)
         there = image.any(0) & ~mask.any(0)  # the edge of many products is 0, often untagged
         if image.dtype.kind == "f":
@@ -158,9 +165,9 @@ class Raster:
     def judge(self, image, there):
         """DataError for what is not in its unit; else set self.offset, that of S2, to 1,000 where
         cirrus or a tag shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
-        seen = image.reshape(len(image), -1) if there.all() else image[:, there]
-        if not seen.size:
+        if not there.any():
             return
+        seen = image.reshape(len(image), -1) if there.all() else image[:, there]
         low, high = seen.min(), seen.max()
         scale, added = self.tif.scales[0], self.tif.offsets[0]
         tagged = scale == 1e-4 and added == -0.1  # value * scale + added is the reflectance
@@ -175,21 +182,38 @@ class Raster:
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
         if self.offset is None:
-            cirrus = seen[self.names.index("B10")] if "B10" in self.names else 0
-            self.offset = 1000 if tagged or np.min(cirrus) >= 1000 else 0
+            cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else self.cirrus()
+            cirrus = cirrus[cirrus > 0]  # its edge is not that of the other bands
+            shifted = cirrus.size > 0 and cirrus.min() >= 1000
+            self.offset = 1000 if tagged or shifted else 0
+
+    def cirrus(self):
+        """B10 of lines all over a file that has it without being asked for it; nothing of others.
+        B8A must be there, too: Landsat's B10 is heat."""
+        if self.tif.count > len(self.bands):
+            with contextlib.suppress(DataError):
+                image, there = Raster(self.tif.name, "s2", ["B8A", "B10"], 0).survey()
+                return image[1, there]
+        return np.zeros(0)
+
+    def survey(self):
+        """read() of one of SURVEY lines, of a small raster more of them."""
+        step = min(SURVEY, math.ceil(self.tif.height / SURVEY))
+        tops = range(0, self.tif.height, step)
+        lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]
+        return [np.concatenate(parts, -2) for parts in zip(*lines)]
 
     def values(self, window=None):
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
-        models.to_input() takes it. window: of a scene, which is judged by pixels all over it."""
-        if window and not self.judged:
-            sides = [math.ceil(side / SURVEY) for side in self.tif.shape]
-            self.judge(*self.read(shape=(len(self.numbers), *sides)))
+        models.to_input() takes it. window: of a scene, which is judged by lines all over it."""
         image, there = self.read(window)
-        # The survey of a scene may meet no pixel that is there, and no -9999 without a tag.
+        if window and not self.judged:
+            self.judge(*self.survey())
+        # Not one of those lines may have a pixel that is there, or -9999 without a tag.
         lowest = np.min(image, where=there, initial=0)
         if not self.judged or lowest < -100:
             self.judge(image, there)
-        image = image[:len(self.bands)].astype(np.float32) - (self.offset or 0)
+        image = image.astype(np.float32) - (self.offset or 0)
         image[:, ~there] = np.nan
         return image
 
@@ -233,23 +257,24 @@ def place_of(name):
 
 def find_pairs(tree):
     """-> list of {"id", "split", "scene", and the paths "s1", "s2", "classes" that are there}."""
-    found, reached = defaultdict(dict), {}
+    found, seen = defaultdict(dict), {}
 
     def refuse(error):
         raise error
 
     for folder, _, names in tqdm(os.walk(tree, onerror=refuse, followlinks=True), delay=1):
+        first = seen.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise DataError(f"{folder} is {first}: the same folder by a link: move the link away")
         for path in [f"{folder}/{name}" for name in names if not name.startswith(".")]:
             if not (place := place_of(os.path.relpath(path, tree))):
                 continue
             patch, split, scene, sensor = place
-            file = os.path.realpath(path)
-            if twin := found[patch].get(sensor) or reached.get(file):
-                raise DataError(f"{twin}, {path}: both {sensor} of {patch}, or one file by a link: "
-                                "move the link or the copy elsewhere")
+            if sensor in found[patch]:
+                raise DataError(f"{found[patch][sensor]}, {path}: both {sensor} of {patch}: is one "
+                                "a link or a copy? Move it elsewhere")
             if path.encode(errors="replace") != os.fsencode(path):
                 raise DataError(f"{path!a}: a name that is not UTF-8: rename it")
-            reached[file] = path
             found[patch] |= {"id": patch, "split": split, "scene": scene, sensor: path}
     if not any(pair.keys() >= {"s1", "s2"} for pair in found.values()):
         raise DataError(f"{tree}: no pairs of files such as ROIs1158_spring_s1_1_p30.tif and ROIs"
@@ -285,10 +310,10 @@ def make_plan(tree, pairs, s2_offset):
     for path in paths[::math.ceil(len(paths) / 100)]:
         for bands in products:
             with contextlib.suppress(DataError):
-                kinds[Raster(path, "s2", bands).tif.shape, tuple(bands)] += 1
+                kinds[Raster(path, "s2", bands, order=bands).tif.shape, tuple(bands)] += 1
                 break
     if not kinds:
-        Raster(paths[0], "s2", products[0])  # says what is wrong
+        Raster(paths[0], "s2", products[0], order=products[0])  # says what is wrong
     (size, bands), _ = kinds.most_common(1)[0]  # of some hundred files
     near = root, *root.parents, *root.glob("*/")  # simulate.py marks the folder of both its trees
     return {"format": STORE_FORMAT,
@@ -323,7 +348,8 @@ def read_patch(pair, plan):
         raise DataError(f"no {min(lacking)} file")
     rasters, images, codes = {}, {}, np.full(plan["size"], -1)  # -1: no label
     for sensor in [sensor for sensor in ("s2", "s1", "classes") if sensor in pair]:
-        raster = Raster(pair[sensor], sensor, plan["bands"].get(sensor), plan["s2_offset"])
+        bands = plan["bands"].get(sensor)
+        raster = Raster(pair[sensor], sensor, bands, plan["s2_offset"], order=bands)
         rasters[sensor] = raster
         if list(raster.tif.shape) != plan["size"]:
             raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
@@ -356,15 +382,26 @@ def layout(plan):
     return arrays | {"patches.npy": (record, (count,))}
 
 
+def open_arrays(store, plan):
+    """-> read-only maps of a store's arrays, the records last; DataError where one is not whole."""
+    try:
+        return [np.load(Path(store, name), mmap_mode="r") for name in layout(plan)]
+    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+        raise DataError(f"{store}: not a whole store ({error}): remove it and pack again") from None
+
+
 def statistics(image, unit):
-    """(c, h, w) integers of a store -> (5, c) STATISTICS of each band, in the unit."""
-    there, columns = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
+    """(c, h, w) integers of a store -> STATISTICS of each band, in the unit."""
+    there, rows = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
     for band in image:
-        seen = band[there].astype(float)  # of one band: the processor's cache holds it
-        mean, square = seen.mean(), np.einsum("i,i", seen, seen) / len(seen)
-        variance = max(0, square - mean**2) / unit**2  # of integers: the sums are exact
-        columns.append((len(seen), mean / unit, variance, seen.min() / unit, seen.max() / unit))
-    return np.transpose(columns)
+        band = band.ravel() if there.all() else band[there]
+        floats = band.astype(float)  # of one band: the processor's cache holds it
+        squares = int(np.einsum("i,i", floats, floats))  # BLAS would wait for its own threads
+        count, total = len(band), int(floats.sum())
+        variance = (count * squares - total**2) / count**2  # of integers: nothing is rounded
+        values = total / count / unit, variance / unit**2, band.min() / unit, band.max() / unit
+        rows.append((count, *values))
+    return rows
 
 
 def write_row(array, row, values):
@@ -382,18 +419,19 @@ def write_row(array, row, values):
     raise DataError(f"{array.filename}: cannot be written ({reason}): mend it, start again")
 
 
-def pack_row(pair, plan, arrays, row):
+def pack_row(pair, plan, store, arrays, row):
     """Read, judge and write one patch, its state last -> "", or why it is bad."""
     try:
         s1, s2, classes, offset = read_patch(pair, plan)
     except DataError as reason:
         return str(reason)
+    (store / "index.json").unlink(missing_ok=True)  # of a store that did not have this patch
     *images, records = arrays
     for array, image in zip(images, (s1, s2, classes)):  # images: two where none has a class map
         write_row(array, row, image)
     pixels = np.bincount(classes.ravel(), minlength=256)
     pixels = pixels[[*range(len(plan["classes"])), IGNORE]]
-    bands = np.concatenate((statistics(s1, 100), statistics(s2, 1)), 1)
+    bands = np.transpose(statistics(s1, 100) + statistics(s2, 1))
     for state in (0, 1):  # a power cut between may not leave state 1 with half a record
         write_row(records, row, np.array((state, offset, pixels, *bands), records.dtype))
     return ""
@@ -418,13 +456,12 @@ def ahead(function, items, threads=None, depth=2):
 
 def fill(store, pairs, plan, threads, max_bad):
     """Pack the pairs whose rows are not whole, and write index.json at last."""
-    arrays, left_out = [np.load(store / name, mmap_mode="r") for name in layout(plan)], {}
+    arrays, left_out = open_arrays(store, plan), {}
     rows = np.flatnonzero(arrays[-1]["state"] == 0).tolist()
     if len(rows) < len(pairs):
         print(f"{store}: {len(pairs) - len(rows)} of {len(pairs)} patches were packed before; "
               "remove it to pack files that have changed since")
-    (store / "index.json").unlink(missing_ok=True)
-    work = ahead(lambda row: pack_row(pairs[row], plan, arrays, row), rows, threads)
+    work = ahead(lambda row: pack_row(pairs[row], plan, store, arrays, row), rows, threads)
     with contextlib.closing(work):  # no thread writes after an error
         for row, reason in tqdm(zip(rows, work), "packing", len(rows), unit="patch"):
             if reason:
@@ -488,11 +525,11 @@ class Patches:
             index = json.loads(Path(path, "index.json").read_text())
             if index["format"] != STORE_FORMAT:
                 raise ValueError(f"format {index['format']}, this version has {STORE_FORMAT}")
-            maps = [np.load(Path(path, name), mmap_mode="r") for name in layout(index)]
-        except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+        except (OSError, ValueError, LookupError, TypeError) as error:
             raise DataError(f"{path}: not a whole store ({error}): of a folder of GeoTIFFs `python "
                             f"data.py pack {path} STORE` makes one, and finishes what broke off; "
                             "README says where SEN12MS is, and how to simulate data") from None
+        maps = open_arrays(path, index)
         self.path, self.identity, self.simulated = str(path), index["identity"], index["simulated"]
         self.ids, self.scenes, self.left_out = index["ids"], index["scenes"], index["left_out"]
         self.splits, self.size = np.array(index["splits"]), index["size"]
@@ -646,7 +683,7 @@ def check(patches):
         print("S2 is never above 255: is it reflectance x 10,000?")
     if {"VV", "VH"} <= {*bands} and means[bands.index("VH")] > means[bands.index("VV")]:
         print("are VV and VH swapped? VH is the brighter: name the bands in the files")
-    asked = "" if "B10" in bands else " (without B10 it cannot be told: see --s2-offset)"
+    asked = "" if "B10" in bands else " (of files without B10 it cannot be told: see --s2-offset)"
     offsets = np.count_nonzero(records["offset"])
     print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}{asked}")
 

@@ -459,7 +459,7 @@ def write_map(args):
     finally:
         part.unlink(missing_ok=True)
     for raster in scene.values():
-        print(f"{raster.name}: {' '.join(raster.names)} are its bands {raster.numbers}, no data is "
+        print(f"{raster.name}: {' '.join(raster.bands)} are its bands {raster.numbers}, no data is "
               f"{raster.tif.nodata}, {raster.offset or 0:,} was subtracted")
     print(f"wrote {args.map}; tests/show.py draws it")
 

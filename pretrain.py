@@ -422,7 +422,7 @@ def train(args):
         print(json.dumps(entry), file=log)
         return found
 
-    caught = [0]  # signals; the last one, 0 for none, ends the run after the step in hand
+    caught = [0]  # numbers of signals: 0 for none, the last one ends the run after a step
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: caught.append(number))
     if held_crops and not start:

@@ -951,15 +951,39 @@ def test_a_file_of_a_product_with_more_bands_is_taken_by_its_number_of_bands(tmp
     assert np.array_equal(patches.arrays[1][3], np.delete(read(written[3]["s2"]), data.S2_BANDS.index("B10"), 0))
 
 
+SHIFTED = {  # what is done to B10 of an L1C file + 1,000: the offset that is found
+    "as it is": (lambda b10: None, 1000),
+    "0 at its edge": (lambda b10: b10.__setitem__(np.s_[:4], 0), 1000),
+    "nothing but 0": (lambda b10: b10.fill(0), 0),
+    "below 1,000": (lambda b10: b10.fill(20), 0)}
+
+
 @pytest.mark.parametrize("names", [None, data.S2_BANDS])
-@pytest.mark.parametrize(("bands", "given", "offset"), [
-    (data.S2_BANDS, None, 1000), (data.L2A_BANDS, None, 1000), (["B4", "B3", "B2"], None, 1000), (["B4", "B3", "B2"], 0, 0)])
-def test_cirrus_shows_the_offset_where_it_is_not_asked_for(names, bands, given, offset, tmp_path, rng):
-    image = rng.integers(1001, 9000, (13, 12, 10)).astype(np.uint16)
-    raster = data.Raster(write_tif(tmp_path / "x.tif", image, names), "s2", bands, given)
+@pytest.mark.parametrize("bands", [data.S2_BANDS, data.L2A_BANDS, ["B4", "B3", "B2"]])
+@pytest.mark.parametrize("how", SHIFTED)
+@pytest.mark.parametrize("scene", [False, True])
+def test_cirrus_shows_the_offset_where_it_is_not_asked_for_and_nothing_else(names, bands, how, scene, tmp_path, rng):
+    """What is there is a matter of the bands asked for."""
+    image = rng.integers(1001, 9000, (13, 64, 10)).astype(np.uint16)
+    change, offset = SHIFTED[how]
+    change(image[data.S2_BANDS.index("B10")])
     numbers = [data.S2_BANDS.index(band) for band in bands]
-    assert np.array_equal(raster.values(), image[numbers].astype(float) - offset)
-    assert raster.offset == offset
+    if "B10" not in bands:
+        image[numbers, 60:] = 0
+    expected = image[numbers].astype(float) - offset
+    if "B10" not in bands:
+        expected[:, 60:] = np.nan
+    path = write_tif(tmp_path / "x.tif", image, names)
+    window = rasterio.windows.Window(0, 0, 10, 64) if scene else None
+    raster = data.Raster(path, "s2", bands)
+    assert np.array_equal(raster.values(window), expected, equal_nan=True) and raster.offset == offset
+    assert data.Raster(path, "s2", bands, 0).values(window)[0, 10, 0] == image[numbers[0], 10, 0]
+
+
+def test_band_10_of_landsat_is_not_cirrus(tmp_path, rng):
+    path = write_tif(tmp_path / "x.tif", rng.integers(1500, 9000, (5, 12, 10)).astype(np.uint16), ["B2", "B3", "B4", "B5", "B10"])
+    raster = data.Raster(path, "s2", ["B4", "B3", "B2"])
+    assert raster.values().min() >= 1500 and raster.offset == 0
 
 
 @pytest.mark.parametrize("first", range(3))
@@ -982,7 +1006,8 @@ def test_a_file_that_is_there_twice(how, tmp_path, rng):
     else:
         (tmp_path / "t/again").mkdir()
         {"link": os.symlink, "copy": shutil.copy}[how](path, tmp_path / "t/again" / path.name)
-    with pytest.raises(data.DataError, match="again/.*both s1 of ROIs0000_test_1_p.*elsewhere") as error:
+    words = "again is .*s1_1|s1_1 is .*again: the same folder" if how == "folder" else "both s1 of ROIs0000_test_1_p9"
+    with pytest.raises(data.DataError, match=words) as error:
         data.pack(tmp_path / "t", tmp_path / "store")
     assert "remove" not in str(error.value)
 
@@ -990,7 +1015,7 @@ def test_a_file_that_is_there_twice(how, tmp_path, rng):
 def test_a_link_to_a_folder_above(tmp_path, rng):
     write_tree(tmp_path / "t", rng, 3, layout="plain")
     (tmp_path / "t/s1/up").symlink_to(tmp_path / "t")
-    with pytest.raises(data.DataError, match="/up/.*one file by a link: move the link"):
+    with pytest.raises(data.DataError, match="up is .*/t: the same folder"):
         data.pack(tmp_path / "t", tmp_path / "store")
 
 
@@ -1089,6 +1114,7 @@ def test_wrong_legends_are_one_line(name, tmp_path, rng):
 
 
 @pytest.mark.parametrize(("change", "words"), [
+    ({"s2": ["B4", "B3", "B2"]}, r"place \d é \d+.tif: 13 bands, .*needed are B4 B3 B2: .*legend.json"),
     ({"s2": ["B4", "pan"]}, r"place \d é \d+.tif: 13 bands, .*needed are B4 pan: .*legend.json"),
     ({"s1": ["pol"]}, r"[0-9] of 6 patches cannot be used.*place 1 é 10.tif: 2 bands, None None; needed are pol")])
 def test_bands_that_the_files_do_not_have(change, words, tmp_path, rng):
