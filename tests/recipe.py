@@ -1,4 +1,4 @@
-"""Trials of what else D-SimCLR could learn from, judged on real pairs: the tables of recipe.md.
+"""Trials of what else D-SimCLR could learn from, judged on real pairs: those of evidence.md.
 
     python tests/ombria.py OMBRIA trees/R10 --regions regions.csv --test-regions R10
     python data.py pack trees/R10/pairs folds/R10/pairs
