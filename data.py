@@ -182,22 +182,27 @@ class Raster:
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
         if self.offset is None:
-            cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else self.cirrus()
-            cirrus = cirrus[cirrus > 0]  # its edge is not that of the other bands
+            cirrus = np.zeros(0)
+            if "B10" in self.bands:
+                cirrus = seen[self.bands.index("B10")]
+            elif self.tif.count > len(self.bands):
+                cirrus = self.cirrus()
+            cirrus = cirrus[cirrus > 0]  # 0 tells nothing: its edge is not that of other bands
             shifted = cirrus.size > 0 and cirrus.min() >= 1000
             self.offset = 1000 if tagged or shifted else 0
 
     def cirrus(self):
         """B10 of lines all over a file that has it without being asked for it; nothing of others.
         B8A must be there, too: Landsat's B10 is heat."""
-        if self.tif.count > len(self.bands):
-            with contextlib.suppress(DataError):
-                image, there = Raster(self.tif.name, "s2", ["B8A", "B10"], 0).survey()
-                return image[1, there]
-        return np.zeros(0)
+        try:
+            raster = Raster(self.tif.name, "s2", ["B8A", "B10"], 0)
+        except DataError:
+            return np.zeros(0)
+        image, there = raster.survey()  # a band that cannot be read is said
+        return image[1, there]
 
     def survey(self):
-        """read() of one of SURVEY lines, of a small raster more of them."""
+        """read() of every 32nd line, see SURVEY, and of more of a small raster."""
         step = min(SURVEY, math.ceil(self.tif.height / SURVEY))
         tops = range(0, self.tif.height, step)
         lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]

@@ -20,17 +20,13 @@ import models
 import pretrain
 
 
-class ResNetMap(nn.Module):
+class ResNetMap(nn.Sequential):
     """ResNet18 up to its last map: (N, bands, h, w) -> (N, 512, h/32, w/32)."""
     features = 512
 
     def __init__(self, bands):
-        super().__init__()
         network = models.resnet("resnet18", bands)
-        self.layers = nn.Sequential(*list(network.children())[:-2])  # without mean and fc
-
-    def forward(self, x):
-        return self.layers(x)
+        super().__init__(*list(network.children())[:-2])  # without mean and fc
 
 
 class Averaged(nn.Sequential):

@@ -980,6 +980,14 @@ def test_cirrus_shows_the_offset_where_it_is_not_asked_for_and_nothing_else(name
     assert data.Raster(path, "s2", bands, 0).values(window)[0, 10, 0] == image[numbers[0], 10, 0]
 
 
+def test_cirrus_that_cannot_be_read_is_said(tmp_path, rng):
+    """Cut off behind the bands that are asked for."""
+    path = write_tif(tmp_path / "x.tif", rng.integers(1001, 9000, (13, 64, 10)).astype(np.uint16), interleave="band")
+    os.truncate(path, path.stat().st_size * 8 // 13)
+    with pytest.raises(data.DataError, match=r"x.tif: cannot be read"):
+        data.Raster(path, "s2", ["B4", "B3", "B2"]).values()
+
+
 def test_band_10_of_landsat_is_not_cirrus(tmp_path, rng):
     path = write_tif(tmp_path / "x.tif", rng.integers(1500, 9000, (5, 12, 10)).astype(np.uint16), ["B2", "B3", "B4", "B5", "B10"])
     raster = data.Raster(path, "s2", ["B4", "B3", "B2"])
