@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,6 +107,25 @@ def as_main(script, args, folder):
     torch.set_num_threads(1)
     sys.argv = [script, *map(str, args)]
     runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def as_nobody(function):
+    """Run a function in a process that may read and write only what everybody may."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            if os.getuid() == 0:
+                os.setgid(65534)
+                os.setuid(65534)
+            function()
+            code = 0
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def user(script, *args):

@@ -16,7 +16,7 @@ import pytest
 import rasterio
 import show
 import torch
-from conftest import call, user
+from conftest import as_nobody, call, user
 from matplotlib.figure import Figure
 
 import data
@@ -902,34 +902,19 @@ def test_what_only_one_user_may_read(tmp_path, rng):
         written = write_tree(folder / "t", rng, 5, layout="scenes", labels=False)
         patch, files = next(iter(written.items()))
         files["s1"].chmod(0)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                if os.getuid() == 0:
-                    os.setgid(65534)
-                    os.setuid(65534)
-                store = Path(tempfile.mkdtemp())
-                left_out = data.pack(folder / "t", store / "store", 1, max_bad=0.3).left_out
-                assert list(left_out) == [patch] and "Permission denied" in left_out[patch]
-                code = 0
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+        def a_file():
+            with tempfile.TemporaryDirectory() as out:
+                left_out = data.pack(folder / "t", Path(out) / "store", 1, max_bad=0.3).left_out
+            assert list(left_out) == [patch] and "Permission denied" in left_out[patch]
+
+        def a_folder():
+            with pytest.raises(OSError, match="Permission denied.*river 2"):
+                data.pack(folder / "t", folder / "store")
+
+        as_nobody(a_file)
         (folder / "t/s2/river 2").chmod(0)
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                if os.getuid() == 0:
-                    os.setgid(65534)
-                    os.setuid(65534)
-                with pytest.raises(OSError, match="Permission denied.*river 2"):
-                    data.pack(folder / "t", Path(tempfile.mkdtemp()) / "store")
-                code = 0
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        as_nobody(a_folder)
         (folder / "t/s2/river 2").chmod(0o755)
 
 

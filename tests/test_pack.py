@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import as_nobody
 from test_data import BAD, LAYOUTS, as_stored, by_hand, rewrite, same, spoil, write_tree
 
 import data
@@ -524,9 +525,6 @@ def test_read_only_tree_and_store():
             path.chmod(0o777 if path.name == "out" else 0o555)
 
         def run():
-            if os.getuid() == 0:  # root may write anywhere
-                os.setgid(65534)
-                os.setuid(65534)
             os.chdir("/")
             data.pack(folder / "tree", folder / "out/store")
             assert contents(folder / "out/store") == contents(folder / "store")
@@ -536,7 +534,7 @@ def test_read_only_tree_and_store():
             with pytest.raises(OSError, match="Permission denied"):
                 data.pack(folder / "tree", folder / "tree/store")
 
-        assert wait(fork(run)) == 0
+        as_nobody(run)
 
 
 # ------------------------------------------------------------------------------ refusals
