@@ -83,7 +83,8 @@ def cuda(monkeypatch):
             (torch.Tensor, "pin_memory", torch.Tensor.clone), (torch.Tensor, "backward", backward),
             (torch.Tensor, "numpy", numpy), (torch.Tensor, "item", lambda tensor: 0.0),
             (torch.optim, "LBFGS", asked_once),
-            (nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: model), (nn.parallel, "DistributedDataParallel", lambda model: model),
+            (nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: model),
+            (nn.parallel, "DistributedDataParallel", lambda model: model),
             (torch.cuda, "is_bf16_supported", lambda **options: True),
             (torch.cuda.amp.common, "amp_definitely_not_available", bool),
             (data, "loader", lambda patches, batches, *more, **options: (crops(patches.bands) for _ in batches))):
@@ -97,7 +98,7 @@ def cuda(monkeypatch):
 
 @pytest.mark.parametrize("scale", models.SCALING)
 @pytest.mark.parametrize("floats", [False, True])
-def test_network_input(scale, floats):
+def test_network_input_is_float32_on_the_gpu(scale, floats):
     bands, stats = bands_of("mma")
     s1, s2, *_ = crops(bands, floats)
     for x in models.to_input(s1, s2, scale, stats, bands, s2_offset=1000):
@@ -108,7 +109,7 @@ def test_network_input(scale, floats):
     ("d-simclr", "patch-max", "poster", 1, N), ("d-simclr", "standard", "ours", 2, 2),
     ("mma", "fixed", "poster", 1, 2), ("mma", "patch-max", "ours", 2, N),
     ("simclr-rgb", "patch-max", "poster", 1, N), ("simclr-rgb", "standard", "poster", 2, 2)])
-def test_pretraining(method, scale, recipe, world, micro):
+def test_a_step_of_pretraining_and_the_look_up_stay_on_the_gpu(method, scale, recipe, world, micro):
     bands, stats = bands_of(method)
     args = SimpleNamespace(method=method, recipe=recipe, scale=scale, arch="resnet18", seed=0, lr=1, weight_decay=0,
                            batch_size=N * world, crop=CROP, threads=1, device="cuda")
@@ -129,7 +130,7 @@ def test_pretraining(method, scale, recipe, world, micro):
 
 
 @pytest.mark.parametrize("method, task, scale", [*zip(models.METHODS, ["single", "multi"] * 4, [*models.SCALING] * 3)])
-def test_fine_tuning_and_map(method, task, scale, tmp_path):
+def test_fine_tuning_scores_and_maps_stay_on_the_gpu(method, task, scale, tmp_path):
     bands, stats = bands_of(method)
     scaling = {"scale": scale, "stats": stats}
     patches = SimpleNamespace(bands=bands, size=[CROP, CROP], labels=np.zeros(N), classes=models.CLASSES)
@@ -148,7 +149,7 @@ def test_fine_tuning_and_map(method, task, scale, tmp_path):
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
 @pytest.mark.parametrize("task", ["single", "multi"])
 @pytest.mark.parametrize("width", [3, 40])  # fewer and more than crops, see principal_axes()
-def test_probe(task, width):
+def test_the_probe_stays_on_the_gpu(task, width):
     crops = {"x": np.ones((16, width), np.float32), "row": np.arange(16), task: np.eye(2, dtype=np.float32)[[0, 1] * 8]}
     _, counts = linear_eval.probe(task, crops, crops, np.arange(16), np.arange(16) % 2, 0, GPU)
     assert counts["train_crops"] == 16

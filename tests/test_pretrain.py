@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +22,7 @@ import rasterio
 import show
 import torch
 import torch.distributed as dist
-from conftest import BACKGROUND, CONTEXT, ROOT, folder, simulated
+from conftest import BACKGROUND, CONTEXT, ROOT, call, folder, simulated
 from torch import nn
 from torchvision.transforms.v2 import functional as V
 
@@ -46,10 +47,16 @@ def store():
     return make_store()
 
 
+@pytest.fixture
+def argv(store):
+    return [*MMA, "--data", store]
+
+
+SCALES = {"d-simclr": "patch-max", "mma": "fixed", "simclr-rgb": "standard"}
 RUNS = {"reference": MMA, "again": [*MMA, "--threads", 1]} | {  # by tests that only look at what they leave
     method: ["--method", method, "--epochs", 2, "--batch-size", 16, "--crop", 33, "--holdout", 0.25, "--eval-every", 1,
              "--log-every", 2, "--scale", scale]
-    for method, scale in (("d-simclr", "patch-max"), ("mma", "fixed"), ("simclr-rgb", "standard"))}
+    for method, scale in SCALES.items()}
 
 
 @functools.cache
@@ -99,29 +106,26 @@ def run(argv, out, **more):
 
 
 def contents(out):
-    """Everything that must be equal, bit for bit: (checkpoint, log without its times)."""
+    """Everything that must be equal, bit for bit: [checkpoint, log without its times]."""
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     content = torch.load(out / "last.pt", weights_only=True)
-    return content, [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in log]
+    return [content, [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in log]]
 
 
 def assert_equal(one, other, where=""):
     assert type(one) is type(other), where
+    if isinstance(one, list):
+        one, other = dict(enumerate(one)), dict(enumerate(other))
     if isinstance(one, dict):
         assert one.keys() == other.keys(), where
         for key in one:
             assert_equal(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for k, (x, y) in enumerate(zip(one, other)):
-            assert_equal(x, y, f"{where}/{k}")
     else:
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, where
 
 
 def assert_same_run(out, reference):
-    for one, other in zip(contents(out), contents(reference)):
-        assert_equal(one, other)
+    assert_equal(contents(out), contents(reference))
 
 
 @pytest.fixture
@@ -139,22 +143,30 @@ def step_of(path):
 def stopped_after_epoch_2():
     """-> folder of a run that was stopped with the last step of the second of three epochs."""
     out = folder() / "epoch 2"
-    code, text = finish(start([*MMA, "--data", make_store()], out, trouble=functools.partial(signal_after, 12)))
+    code, text = finish(start([*MMA, "--data", make_store()], out, trouble=partial(signal_after, 12)))
     assert code == 143, text
     return out
 
 
-def copy_of_epoch_2(reference, out):
-    """The folder as a kill in the third epoch leaves it: the log has lines of that, too."""
+@pytest.fixture
+def killed(reference, tmp_path):
+    """A folder as a kill in the third epoch leaves it: the checkpoint of the second, the log has lines of the third."""
+    out = tmp_path / "killed"
     out.mkdir()
     shutil.copy(stopped_after_epoch_2() / "last.pt", out / "last.pt")
     shutil.copy(reference / "log.jsonl", out / "log.jsonl")
     return out
 
 
+def assert_goes_on(argv, out, reference):
+    """To the bits of the run that was never stopped."""
+    run(argv, out)
+    assert_same_run(out, reference)
+
+
 # ---------------------------------------------------------------------------------------------- what a run leaves
 
-@pytest.mark.parametrize("method, scale", [("d-simclr", "patch-max"), ("mma", "fixed"), ("simclr-rgb", "standard")])
+@pytest.mark.parametrize("method, scale", SCALES.items())
 def test_every_method_runs_and_logs(method, scale):
     begun(method).result()
     out = folder() / method
@@ -184,6 +196,8 @@ def test_training_lowers_the_loss_and_follows_the_schedule(reference):
 def test_what_is_held_out_is_not_trained_on(store, reference):
     patches = data.Patches(store)
     args = SimpleNamespace(crop=16, batch_size=8, seed=0, epochs=2)
+    rows, _ = data.split_scenes(patches, 0.25)
+    assert contents(reference)[0]["stats"] == patches.stats(rows) != patches.stats(patches.rows)  # nor in the scaling
     for splits in (patches.splits, np.array(["spring"] * 48 + ["test"] * 16)):
         patches.splits = splits
         rows, held = data.split_scenes(patches, 0.25)
@@ -191,10 +205,6 @@ def test_what_is_held_out_is_not_trained_on(store, reference):
         assert not {patches.scenes[row] for row in rows} & {patches.scenes[row] for row in held}
         seen = [row for batch in pretrain.batches_from(0, rows, patches.size, args) for row in batch[0]]
         assert len(seen) == 96 and set(seen) == set(rows)  # in two epochs
-    content, _ = contents(reference)
-    patches = data.Patches(store)
-    rows, _ = data.split_scenes(patches, 0.25)
-    assert content["stats"] == patches.stats(rows) != patches.stats(patches.rows)  # nor in the scaling
 
 
 def test_processes_and_resumed_runs_take_their_parts_of_the_same_batches():
@@ -214,95 +224,87 @@ def test_processes_and_resumed_runs_take_their_parts_of_the_same_batches():
         assert np.array_equal(batches(start, np.arange(20, 40), (40, 50), args), whole[start:])
 
 
-def choose_bands(tree, out, bands):
-    """A tree of simulated SEN12MS again as plain pairs, with only these S2 bands."""
-    for path in tree.rglob("*_s2_*.tif"):
-        scene, _, name = path.stem.rpartition("_")
-        for sensor, source, picks in (("s1", str(path).replace("s2_", "s1_"), [1, 2]),
-                                      ("s2", path, [models.S2_BANDS.index(band) + 1 for band in bands])):
-            with rasterio.open(source) as tif:
-                pixels, profile = tif.read(picks), tif.profile
-            target = out / sensor / scene / f"{name}.tif"
+@pytest.fixture(scope="module")
+def four_bands(trees):
+    """The simulated SEN12MS tree again as plain pairs, with four S2 bands that a legend names, packed."""
+    tree = folder() / "four"
+    for sensor, bands in {"s1": [1, 2], "s2": [13, 8, 4, 1]}.items():
+        for path in (trees / "sen12ms").rglob(f"*_{sensor}_*.tif"):
+            scene, _, name = path.stem.replace(f"{sensor}_", "").rpartition("_")
+            with rasterio.open(path) as tif:
+                pixels, profile = tif.read(bands), tif.profile
+            target = tree / sensor / scene / f"{name}.tif"
             target.parent.mkdir(parents=True, exist_ok=True)
-            with rasterio.open(target, "w", **{**profile, "count": len(picks)}) as tif:
+            with rasterio.open(target, "w", **{**profile, "count": len(bands)}) as tif:
                 tif.write(pixels)
-    return out
-
-
-def test_bands_are_chosen_by_name_and_recorded(trees, tmp_path):
-    l2a = [band for band in models.S2_BANDS if band != "B10"]
-    data.pack(choose_bands(trees / "sen12ms", tmp_path / "l2a", l2a), tmp_path / "store")
-    base = ["--data", tmp_path / "store", "--method", "mma", "--epochs", 1, "--batch-size", 24, "--crop", 16]
-    run(base, tmp_path / "all")
-    assert models.load_checkpoint(tmp_path / "all/last.pt")["bands"] == {"s1": ["VV", "VH"], "s2": l2a}
-    run([*base, "--bands", "VH", "B8", "B4"], tmp_path / "few")
-    content = models.load_checkpoint(tmp_path / "few/last.pt")
-    assert content["bands"] == {"s1": ["VH"], "s2": ["B8", "B4"]}
-    assert content["encoders"]["s2"]["convs1.layers.0.weight"].shape[1] == 2
-    for bands, words in ((["VV", "B10"], "no band B10"), (["B2"], "mma takes bands of both sensors")):
-        code, text = finish(start([*base, "--bands", *bands], tmp_path / "none"))
-        assert code == 2 and words in text.splitlines()[-1] and "Traceback" not in text
-
-
-def test_simclr_takes_three_named_bands_where_colours_are_missing(trees, tmp_path):
-    tree = choose_bands(trees / "sen12ms", tmp_path / "tree", ["B12", "B8", "B4", "B1"])
     classes = {"1": "dry", "2": "flooded"}
     (tree / "legend.json").write_text(json.dumps({"s2": ["swir", "nir", "red", "haze"], "classes": classes}))
-    data.pack(tree, tmp_path / "store")
-    base = ["--data", tmp_path / "store", "--method", "simclr-rgb", "--epochs", 1, "--batch-size", 8, "--crop", 24]
-    code, text = finish(start(base, tmp_path / "none"))
-    assert code == 2 and text.count("\n") == 1 and re.search("no band (B4 B3 B2|B2 B3 B4), see --bands; .*haze", text)
-    run([*base, "--bands", "nir", "swir", "red"], tmp_path / "named")
-    content = models.load_checkpoint(tmp_path / "named/last.pt")
-    assert content["bands"] == {"s1": [], "s2": ["nir", "swir", "red"]} and content["classes"] == ["dry", "flooded"]
+    data.pack(tree, folder() / "four bands")
+    return folder() / "four bands"
+
+
+@pytest.mark.parametrize("method, options, bands", [
+    ("mma", [], {"s1": ["VV", "VH"], "s2": ["swir", "nir", "red", "haze"]}),
+    ("mma", ["--bands", "VH", "red", "nir"], {"s1": ["VH"], "s2": ["red", "nir"]}),
+    ("simclr-rgb", ["--bands", "nir", "swir", "red"], {"s1": [], "s2": ["nir", "swir", "red"]})])
+def test_bands_are_chosen_by_name_and_recorded(four_bands, tmp_path, method, options, bands):
+    base = ["--data", four_bands, "--method", method, "--epochs", 1, "--batch-size", 24, "--crop", 24]
+    run([*base, *options], tmp_path / "run")
+    content = models.load_checkpoint(tmp_path / "run/last.pt")
+    assert content["bands"] == bands and content["classes"] == ["dry", "flooded"]
+    for sensor, weights in content["encoders"].items():
+        assert next(iter(weights.values())).shape[1] == len(bands[sensor])
+
+
+@pytest.fixture
+def refusal(store, tmp_path, monkeypatch, capsys):
+    """-> function: the line with which pretrain.py refuses these arguments."""
+    def refusal(*arguments):
+        common = ["--data", store, "--batch-size", 8, "--out", tmp_path / "x"]
+        with pytest.raises(SystemExit, match="2"):
+            data.run(lambda: call(monkeypatch, pretrain, *common, *arguments), models.CheckpointError)
+        said = capsys.readouterr().err
+        assert (said.count("\n") == 1 or said.startswith("usage:")) and not (tmp_path / "x").exists()
+        return said.splitlines()[-1]
+    return refusal
+
+
+def test_simclr_asks_for_three_bands_where_colours_are_missing(four_bands, refusal):
+    said = refusal("--data", four_bands, "--method", "simclr-rgb")
+    assert re.search("no band (B4 B3 B2|B2 B3 B4), see --bands; .*haze", said)
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--batch-size", 65], "only 48 pairs"), (["--crop", 41], "--crop 41"),
-    (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"), (["--data", "nowhere"], "SEN12MS"),
-    (["--data", ROOT], "data.py pack"), (["--threads", 0], "0 is not above 0"),
+    (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"),
+    (["--data", "nowhere"], "SEN12MS"), (["--data", ROOT], "data.py pack"), (["--threads", 0], "0 is not above 0"),
     (["--batch-size", 1], "--batch-size 1: choose 2 or more, since a loss needs other places"),
     (["--micro-batch", 7], "--micro-batch 7: leaves batch norm a single pair of 8: choose a divisor of 8"),
     (["--micro-batch", 1], "--micro-batch 1: leaves"),
     (["--crop", 16, "--precision", "bf16"], "--crop 16: on a CPU bf16 gradients of a ResNet are wrong up to 16 px"),
+    (["--bands", "VV", "B13"], "no band B13"), (["--bands", "B2"], "d-simclr takes bands of both sensors"),
     (["--method", "simclr-rgb", "--bands", "B2"], "three of Sentinel-2")])
-def test_bad_arguments_get_one_clear_line(store, tmp_path, monkeypatch, capsys, arguments, words):
-    common = ["--data", store, "--batch-size", 8, "--out", tmp_path / "x"]
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*common, *arguments])])
-    with pytest.raises(SystemExit, match="2"):
-        data.run(pretrain.main, models.CheckpointError)
-    assert words in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "x").exists()
+def test_bad_arguments_get_one_clear_line(refusal, arguments, words):
+    assert words in refusal(*arguments)
 
 
 @pytest.mark.parametrize("environment, arguments, words", [
     ({"WORLD_SIZE": "2"}, [], "WORLD_SIZE=2: start it with torchrun"),
     ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1"}, [], "WORLD_SIZE=2: start"),
-    ({}, ["--batch-size", 7], "--batch-size 7: choose 2 or more, since a loss needs other places, and a multiple of the number of processes, 2"),
+    ({}, ["--batch-size", 7], "since a loss needs other places, and a multiple of the number of processes, 2"),
     ({}, ["--micro-batch", 3], "--micro-batch 3: leaves batch norm a single pair of 4")])
-def test_several_processes_that_cannot_work_are_refused_before_they_meet(store, tmp_path, monkeypatch, capsys, environment,
-                                                                         arguments, words):
+def test_several_processes_that_cannot_work_are_refused_before_they_meet(
+        refusal, monkeypatch, environment, arguments, words):
     for name, value in (environment or rank_environments(2)[0]).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, [*MMA, "--data", store, "--out", tmp_path / "x", *arguments])])
-    with pytest.raises(SystemExit, match="2"):
-        data.run(pretrain.main, models.CheckpointError)
-    said = capsys.readouterr().err
-    assert words in said and said.count("\n") == 1
-
-
-def test_our_recipe_is_another_run(store, tmp_path):
-    base = ["--data", store, "--epochs", 1, "--batch-size", 24, "--crop", 24]
-    run([*base, "--recipe", "ours"], tmp_path / "ours")
-    content, _ = contents(tmp_path / "ours")
-    assert content["args"]["recipe"] == "ours"
-    code, text = finish(start(base, tmp_path / "ours"))
-    assert code == 2 and "made with other settings ({'recipe': 'ours'})" in text
+    assert words in refusal(*arguments)
 
 
 def test_our_recipe_steps_in_proportion_to_the_weights_and_goes_on_in_the_same_bits(store, tmp_path):
     argv = ["--recipe", "ours", "--data", store, "--epochs", 2, "--batch-size", 24, "--crop", 24, "--lr", 3e-4]
-    assert finish(start(argv, tmp_path / "stopped", trouble=functools.partial(signal_after, 1)))[0] == 143
-    content, _ = contents(tmp_path / "stopped")
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    assert finish(start(argv, stopped, trouble=partial(signal_after, 1)))[0] == 143
+    content, _ = contents(stopped)
     groups = content["optimizer"]["param_groups"]
     assert content["step"] == 1 and {group["betas"] for group in groups} == {(0.0, 0.99)}
     torch.manual_seed(0)
@@ -313,9 +315,8 @@ def test_our_recipe_steps_in_proportion_to_the_weights_and_goes_on_in_the_same_b
             step = (content[kind][sensor][name] - before).abs().max().item()
             size = before.square().mean().sqrt().item()  # Adam's first step is the rate, whatever the gradient
             assert step == pytest.approx(3e-4 * max(size, 1e-3) / 0.03, rel=1e-2), name
-    run(argv, tmp_path / "stopped")
-    run(argv, tmp_path / "whole")
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    run(argv, whole)
+    assert_goes_on(argv, stopped, whole)
 
 
 # ---------------------------------------------------------------------------------------------- SimCLR's views
@@ -383,7 +384,8 @@ def test_draws_have_the_published_strengths():
     assert (abs(x) <= 1 - width + 1e-12).all() and (abs(y) <= 1 - height + 1e-12).all()  # within the image
     assert all((factor[~jittered] == same).all() for factor, same in zip(factors, (1, 1, 1, 0)))
     jitters = zip((factor[jittered] for factor in factors), (0.2, 0.2, 0.2, -0.2), (1.8, 1.8, 1.8, 0.2))
-    for values, low, high in ((width * height, 0.08, 1), (width / height, 3 / 4, 4 / 3), (sigma[blurred], 0.1, 2), *jitters):
+    ranges = (width * height, 0.08, 1), (width / height, 3 / 4, 4 / 3), (sigma[blurred], 0.1, 2)
+    for values, low, high in (*ranges, *jitters):
         assert low <= values.min() < low + 0.01 * (high - low) and high - 0.02 * (high - low) < values.max() <= high
     shares = (mirrored_width < 0).mean(), jittered.mean(), (colour == 0).mean(), blurred.mean()
     assert shares == pytest.approx((0.5, 0.8, 0.2, 0.5), abs=0.01) and ((colour == 0) | (colour == 1)).all()
@@ -414,27 +416,26 @@ def test_the_same_command_gives_the_same_bits(reference):
     assert_same_run(folder() / "again", reference)
 
 
-def test_picture_of_a_run(reference):
+def test_the_picture_of_a_run_shows_what_its_log_says(reference):
     lines = [json.loads(line) for line in (reference / "log.jsonl").read_text().splitlines()]
     left, right = show.draw_run(reference).axes
     assert left.lines[0].get_ydata().tolist() == [line["loss"] for line in lines if "loss" in line]
     found = [line["retrieval"] for line in lines if "retrieval" in line]
     for line in right.lines:
         assert line.get_ydata().tolist() == [retrieval[line.get_label()]["top1"] for retrieval in found]
-    assert len(right.lines) == (2 if found else 0)
+    assert len(right.lines) == 2 and len(found) == 4
 
 
-def test_a_finished_run_is_left_as_it_is(store, reference, tmp_path):
+def test_a_finished_run_is_left_as_it_is(argv, reference, tmp_path):
     shutil.copytree(reference, tmp_path / "done")
-    assert f"{STEPS} of {STEPS} steps are done" in run([*MMA, "--data", store], tmp_path / "done")
+    assert f"{STEPS} of {STEPS} steps are done" in run(argv, tmp_path / "done")
     for name in ("last.pt", "log.jsonl"):
         assert (tmp_path / "done" / name).read_bytes() == (reference / name).read_bytes()
 
 
-def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(store, reference, tmp_path):
+def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(argv, reference, tmp_path):
     """Two runs beside each other, each killed five times, of these twice in the middle of a checkpoint."""
-    argv, dice = [*MMA, "--data", store], random.Random(0)
-    began = time.monotonic()
+    dice, began = random.Random(0), time.monotonic()
     run(argv, tmp_path / "timed")
     duration = time.monotonic() - began
     plans = {tmp_path / name: ["time", "writing", "time", "writing", "time"] for name in ("one", "other")}
@@ -443,7 +444,8 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(store, reference,
         time.sleep(0.0005)
         for out in [out for out, plan in plans.items() if plan]:
             process, until = running[out]
-            if process.is_alive() and (time.monotonic() > until if plans[out][0] == "time" else (out / "last.tmp").exists()):
+            due = time.monotonic() > until if plans[out][0] == "time" else (out / "last.tmp").exists()
+            if process.is_alive() and due:
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
                 if process.exitcode:  # it was not faster
@@ -458,119 +460,72 @@ def test_killed_at_ten_random_moments_it_ends_in_the_same_bits(store, reference,
         assert_same_run(out, reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_after_the_step_in_hand(store, reference, tmp_path, number):
-    out, argv = tmp_path / "stopped", [*MMA, "--data", store]
-    process = start(argv, out)
-    while not (out / "log.jsonl").exists() or '"step": 2' not in (out / "log.jsonl").read_text():
-        time.sleep(0.002)
-        assert process.is_alive()
-    with pytest.raises(data.DataError, match="stopped: another run writes there: wait for it"):
-        pretrain.open_log(out / "log.jsonl", 0)
-    os.killpg(process.pid, number)
-    code, text = finish(process)
-    stopped = step_of(out / "last.pt")
-    assert code == 128 + number and f"last.pt: {stopped} of {STEPS} steps are done" in text
-    assert "Traceback" not in text and 2 <= stopped < STEPS
-    run(argv, out)
-    assert_same_run(out, reference)
-
-
-def test_a_stop_between_logged_steps_leaves_no_trace(store, reference, tmp_path):
-    out, argv = copy_of_epoch_2(reference, tmp_path / "stopped"), [*MMA, "--data", store]
-    code, _ = finish(start(argv, out, trouble=functools.partial(signal_after, 15)))
-    assert code == 143 and step_of(out / "last.pt") == 15
-    run(argv, out)
-    assert_same_run(out, reference)
-
-
 def signal_after(last, number=signal.SIGTERM, original=pretrain.learning_rate):
     def learning_rate(step, *more):
         if step + 1 == last:
-            os.kill(os.getpid(), number)
+            os.killpg(0, number)  # as a scheduler does
         return original(step, *more)
     pretrain.learning_rate = learning_rate
 
 
-def save_once_and_die(original=pretrain.learning_rate):
-    """A checkpoint after the first epoch, none in the minute after it, in which the third begins."""
+@pytest.mark.parametrize("number, status, step", [
+    (signal.SIGTERM, 143, 15), (signal.SIGINT, 130, 15), (signal.SIGKILL, -signal.SIGKILL, 12)])
+def test_a_signal_saves_after_the_step_in_hand_and_a_kill_costs_those_since_the_checkpoint(
+        argv, reference, killed, number, status, step):
+    code, text = finish(start(argv, killed, trouble=partial(signal_after, 15, number)))  # between logged steps
+    assert code == status and step_of(killed / "last.pt") == step and "Traceback" not in text
+    assert (f"killed/last.pt: 15 of {STEPS} steps are done" in text) == (step == 15)
+    assert '"step": 14' in (killed / "log.jsonl").read_text()
+    assert_goes_on(argv, killed, reference)
+
+
+def record_saves(path, original=pretrain.learning_rate, save=models.save_checkpoint):
+    """The steps of all checkpoints into a file; after that of the first epoch the minute between them counts."""
     def learning_rate(step, *more):
-        pretrain.SAVE_EVERY = 60 if step > 6 else 0
+        pretrain.SAVE_EVERY = 60 if step >= 6 else 0
         return original(step, *more)
-    signal_after(15, signal.SIGKILL, learning_rate)
 
-
-def a_minute_apart(saves, original=models.save_checkpoint):
-    """The steps of all checkpoints into a file."""
     def save_checkpoint(*arguments, **content):
-        saves.write_text(saves.read_text() + f"{content['step']} ")
-        original(*arguments, **content)
-    saves.touch()
-    pretrain.SAVE_EVERY, models.save_checkpoint = 60, save_checkpoint
+        with path.open("a") as file:
+            print(content["step"], file=file)
+        save(*arguments, **content)
+    pretrain.learning_rate, models.save_checkpoint = learning_rate, save_checkpoint
 
 
-def test_checkpoints_are_a_minute_apart_and_a_run_killed_between_them_ends_in_the_same_bits(store, reference, tmp_path):
-    out, argv = tmp_path / "killed", [*MMA, "--data", store]
-    assert finish(start(argv, out, trouble=save_once_and_die))[0] == -signal.SIGKILL
-    assert step_of(out / "last.pt") == 6
-    assert '"step": 14' in (out / "log.jsonl").read_text()
-    run(argv, out, trouble=functools.partial(a_minute_apart, tmp_path / "saves"))
-    assert (tmp_path / "saves").read_text() == "18 "  # at the end
-    assert_same_run(out, reference)
+def test_checkpoints_are_written_at_the_ends_of_epochs_a_minute_apart(argv, reference, tmp_path):
+    run(argv, tmp_path / "run", trouble=partial(record_saves, tmp_path / "saves"))
+    assert (tmp_path / "saves").read_text().split() == ["6", "18"]  # of a first epoch, and at the end
+    assert_same_run(tmp_path / "run", reference)
 
 
-def test_lines_of_a_log_that_a_power_cut_spoilt_are_dropped(store, reference, tmp_path):
-    out, argv = copy_of_epoch_2(reference, tmp_path / "cut"), [*MMA, "--data", store]
-    first, *others = (out / "log.jsonl").read_bytes().splitlines(True)
+def test_lines_of_a_log_that_a_power_cut_spoilt_are_dropped(argv, reference, killed):
+    log = killed / "log.jsonl"
+    first, *others = log.read_bytes().splitlines(True)
     spoilt = [first, b"\0" * 40 + b"\n", *others[:3], b"\0\0" + others[3], b"\xff\xfe\n", *others[3:], b"\0" * 99]
-    (out / "log.jsonl").write_bytes(b"".join(spoilt))
-    assert show.draw_run(out).axes
-    run(argv, out)
-    assert_same_run(out, reference)
+    log.write_bytes(b"".join(spoilt))
+    assert show.draw_run(killed).axes
+    assert_goes_on(argv, killed, reference)
 
 
-def test_a_run_that_another_writes_is_refused(store, reference, tmp_path):
-    out, argv = copy_of_epoch_2(reference, tmp_path / "shared"), [*MMA, "--data", store]
-    log, before = pretrain.open_log(out / "log.jsonl", step=12), sorted(out.iterdir())
-    code, text = finish(start(argv, out))
-    assert code == 2 and text.count("\n") == 1 and "shared: another run writes there: wait for it, or choose" in text
-    assert sorted(out.iterdir()) == before and step_of(out / "last.pt") == 12
+def test_a_run_that_another_writes_is_refused(argv, reference, killed):
+    log, before = pretrain.open_log(killed / "log.jsonl", step=12), sorted(killed.iterdir())
+    code, text = finish(start(argv, killed))
+    assert code == 2 and text.count("\n") == 1 and "killed: another run writes there: wait for it, or choose" in text
+    assert sorted(killed.iterdir()) == before and step_of(killed / "last.pt") == 12
     log.close()
-    run(argv, out)
-    assert_same_run(out, reference)
+    assert_goes_on(argv, killed, reference)
 
 
-def test_a_truncated_checkpoint_is_named_and_without_it_the_run_begins_anew(store, reference, tmp_path):
-    out, argv = tmp_path / "cut", [*MMA, "--data", store]
-    shutil.copytree(reference, out)
-    os.truncate(out / "last.pt", 1_000_000)
-    code, text = finish(start(argv, out))
-    assert code == 2 and re.search(r"cut/last.pt: truncated or not .*: remove it", text) and text.count("\n") == 1
-    (out / "last.pt").unlink()
-    run(argv, out)
-    assert_same_run(out, reference)
-
-
-def test_changed_settings_are_named(store, reference, tmp_path):
-    out = copy_of_epoch_2(reference, tmp_path / "changed")
-    before = (out / "last.pt").read_bytes()
-    code, text = finish(start([*MMA, "--data", store, "--lr", 1e-3, "--crop", 32, "--log-every", 5], out))
-    assert code == 2 and "other settings ({'crop': 16, 'lr': 0.0001}): use them" in text and text.count("\n") == 1
-    assert (out / "last.pt").read_bytes() == before
+def test_a_truncated_checkpoint_is_named_and_without_it_the_run_begins_anew(argv, reference, killed):
+    os.truncate(killed / "last.pt", 1_000_000)
+    code, text = finish(start(argv, killed))
+    assert code == 2 and re.search(r"killed/last.pt: truncated or not .*: remove it", text) and text.count("\n") == 1
+    (killed / "last.pt").unlink()
+    assert_goes_on(argv, killed, reference)
 
 
 def small_files_only():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000_000, 20_000_000))
-
-
-def test_a_full_disk_keeps_the_old_checkpoint(store, reference, tmp_path):
-    out, argv = copy_of_epoch_2(reference, tmp_path / "full"), [*MMA, "--data", store]
-    before = (out / "last.pt").read_bytes()
-    code, text = finish(start(argv, out, trouble=small_files_only))
-    assert code == 2 and re.search(r"full/last.pt: cannot be written \(.*\); the one before it is kept. Free", text)
-    assert (out / "last.pt").read_bytes() == before and not (out / "last.tmp").exists() and "Traceback" not in text
-    run(argv, out)
-    assert_same_run(out, reference)
 
 
 def nan_at(step, original=pretrain.learning_rate):
@@ -578,41 +533,37 @@ def nan_at(step, original=pretrain.learning_rate):
     pretrain.learning_rate = lambda done, *more: float("nan") if done + 1 == step else original(done, *more)
 
 
-def nan_within_an_epoch():
-    nan_at(14)
-
-
-def nan_at_the_end_of_an_epoch():
-    nan_at(STEPS)
-
-
-@pytest.mark.parametrize("trouble, words", [(nan_within_an_epoch, "loss nan at step 18, norm of the weights nan"),
-                                            (nan_at_the_end_of_an_epoch, "at step 18, norm of the weights nan")])
-def test_nothing_is_saved_once_the_loss_is_not_finite(store, reference, tmp_path, trouble, words):
-    out = copy_of_epoch_2(reference, tmp_path / "nan")
-    before = (out / "last.pt").read_bytes()
-    code, text = finish(start([*MMA, "--data", store, "--log-every", 6], out, trouble=trouble))
-    assert code == 2 and words in text and "--precision float32" in text and "Traceback" not in text
-    assert (out / "last.pt").read_bytes() == before
-    assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl"}
-
-
-def out_of_memory():
+def raise_in_a_step(error):
     def forward_backward(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nAnd more")
+        raise error
     pretrain.forward_backward = forward_backward
 
 
-def a_bug():
-    def forward_backward(*arguments):
-        raise RuntimeError("sizes do not match")
-    pretrain.forward_backward = forward_backward
+@pytest.mark.parametrize("options, trouble, words", [
+    pytest.param(["--lr", 1e-3, "--crop", 32, "--recipe", "ours", "--log-every", 5], None,
+                 "killed/last.pt: made with other settings ({'crop': 16, 'lr': 0.0001, 'recipe': 'poster'}): use them",
+                 id="other settings"),
+    pytest.param([], small_files_only,
+                 "killed/last.pt: cannot be written (File too large); the one before it is kept. Free", id="full disk"),
+    pytest.param(["--log-every", 6], partial(nan_at, 14),
+                 "loss nan at step 18, norm of the weights nan: try a lower --lr or --precision float32", id="NaN"),
+    pytest.param(["--log-every", 6], partial(nan_at, STEPS),
+                 "at step 18, norm of the weights nan: try a lower --lr or --precision float32", id="NaN at the end"),
+    pytest.param([], partial(raise_in_a_step, torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nAnd more")),
+                 "choose a --micro-batch", id="out of memory")])
+def test_a_run_that_fails_says_why_in_its_last_line_and_goes_on_when_started_again(
+        argv, reference, killed, options, trouble, words):
+    before = (killed / "last.pt").read_bytes()
+    code, text = finish(start([*argv, *options], killed, trouble=trouble))
+    assert code == 2 and words in text.splitlines()[-1] and "Traceback" not in text
+    assert (killed / "last.pt").read_bytes() == before
+    assert {path.name for path in killed.iterdir()} == {"last.pt", "log.jsonl"}
+    assert_goes_on(argv, killed, reference)
 
 
-def test_out_of_memory_names_the_mend_and_a_bug_keeps_its_traceback(store, tmp_path):
-    code, text = finish(start([*MMA, "--data", store], tmp_path / "full", trouble=out_of_memory))
-    assert code == 2 and "--micro-batch" in text.splitlines()[-1] and "Traceback" not in text
-    code, text = finish(start([*MMA, "--data", store], tmp_path / "bug", trouble=a_bug))
+def test_a_bug_keeps_its_traceback(argv, tmp_path):
+    trouble = partial(raise_in_a_step, RuntimeError("sizes do not match"))
+    code, text = finish(start(argv, tmp_path / "bug", trouble=trouble))
     assert code == 1 and "Traceback" in text and "\nRuntimeError: sizes do not match\n" in text
 
 
@@ -628,6 +579,13 @@ def rank_environments(world):
     port = free_port()
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for rank in range(world)]
+
+
+def start_two(argv, out, trouble=None):
+    """Two processes of one run, of which the second has the trouble."""
+    one, other = rank_environments(2)
+    return [start(argv, out, out.with_suffix(".0.txt"), environment=one),
+            start(argv, out, out.with_suffix(".1.txt"), environment=other, trouble=trouble)]
 
 
 def make(method):
@@ -651,7 +609,7 @@ def gradients(method, rank=0, world=1, micro=None, steps=0):
 
     def backward():
         return pretrain.forward_backward(
-            network, models.autocast("float32", torch.device("cpu")), functools.partial(model.loss, temperature=0.1),
+            network, models.autocast("float32", torch.device("cpu")), partial(model.loss, temperature=0.1),
             *mine, micro or len(mine[0]), rank, world)
 
     loss, z1, _ = backward()
@@ -725,17 +683,12 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(method, micro):
     assert_close(gradients(method, micro=micro), plain_gradients(method))
 
 
-def test_two_processes_stop_together_or_die_and_end_in_the_same_bits(store, tmp_path):
-    argv, out = [*MMA, "--data", store, "--micro-batch", 2], tmp_path / "two"
-    processes = [start(argv, out, tmp_path / f"stop{rank}.txt", environment=environment,
-                       trouble=functools.partial(signal_after, 15) if rank else None)
-                 for rank, environment in enumerate(rank_environments(2))]  # only rank 1 gets a signal
-    for process in processes:
+def test_two_processes_stop_together_or_die_and_end_in_the_same_bits(argv, tmp_path):
+    argv, out = [*argv, "--micro-batch", 2], tmp_path / "two"
+    for process in start_two(argv, out, partial(signal_after, 15)):  # only rank 1 gets a signal
         assert finish(process)[0] == 143
     assert step_of(out / "last.pt") == 16  # they agree on it every eight steps and where they log
-    processes = [start(argv, out, tmp_path / f"go{rank}.txt", environment=environment)
-                 for rank, environment in enumerate(rank_environments(2))]
-    texts = [finish(process) for process in processes]
+    texts = [finish(process) for process in start_two(argv, out)]
     assert [code for code, _ in texts] == [0, 0] and texts[1][1] == ""
     _, log = contents(out)
     assert [line["step"] for line in log if "loss" in line] == list(range(2, 19, 2))
@@ -743,13 +696,11 @@ def test_two_processes_stop_together_or_die_and_end_in_the_same_bits(store, tmp_
     assert_same_run(begun("torchrun").result(), out)
 
 
-def test_the_others_do_not_wait_for_a_rank_that_is_refused(store, tmp_path):
-    argv, out = [*MMA, "--data", store], tmp_path / "two"
+def test_the_others_do_not_wait_for_a_rank_that_is_refused(argv, tmp_path):
+    out = tmp_path / "two"
     out.mkdir()
     log = pretrain.open_log(out / "log.jsonl", 0)
-    processes = [start(argv, out, tmp_path / f"{rank}.txt", environment=environment)
-                 for rank, environment in enumerate(rank_environments(2))]
-    first, second = [finish(process, 60) for process in processes]
+    first, second = [finish(process, 60) for process in start_two(argv, out)]
     log.close()
     assert first[0] == 2 and "another run writes there" in first[1] and second[0] not in (0, None)
 
@@ -773,20 +724,21 @@ def torchrun():
     out, argv = folder() / "torchrun", [*MMA, "--data", make_store(), "--micro-batch", 2]
     out.mkdir()
     (out / "dies.py").write_text(RANK_1_DIES_ONCE.format(root=str(ROOT)))
-    job = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                          "--max-restarts", "1", str(out / "dies.py"), *map(str, argv), "--out", str(out / "restarted")],
-                         capture_output=True, text=True, timeout=300, check=False,
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "--max-restarts", "1", out / "dies.py", *argv, "--out", out / "restarted"]
+    job = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300, check=False,
                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert job.returncode == 0, job.stderr
     return out / "restarted"
 
 
-def test_a_rank_that_dies_ends_the_job(store, tmp_path):
-    argv, out = [*MMA, "--data", store, "--epochs", 1000], tmp_path / "dead"
-    one, other = [start(argv, out, tmp_path / f"{rank}.txt", environment=environment)
-                  for rank, environment in enumerate(rank_environments(2))]
+def test_a_rank_that_dies_ends_the_job_which_until_then_holds_its_folder(argv, tmp_path):
+    out = tmp_path / "dead"
+    one, other = start_two([*argv, "--epochs", 1000], out)
     while not (out / "log.jsonl").exists() or '"step": 2' not in (out / "log.jsonl").read_text():
         time.sleep(0.01)
         assert one.is_alive() and other.is_alive()
+    with pytest.raises(data.DataError, match="dead: another run writes there: wait for it"):
+        pretrain.open_log(out / "log.jsonl", 0)
     os.kill(other.pid, signal.SIGKILL)
     assert finish(one, 30)[0] not in (0, None)

@@ -10,9 +10,15 @@ import torch.nn.functional as F
 
 import models
 
+ONE_BAND = {"s1": ["VV"], "s2": ["B4"]}
+
+
+def settings(trial="poster", **more):
+    return recipe.SimpleNamespace(**recipe.USUAL | recipe.TRIALS[trial] | {"seed": 0} | more)
+
 
 @pytest.mark.parametrize("trial", recipe.TRIALS)
-def test_trials(labelled, tmp_path, monkeypatch, capsys, trial):
+def test_every_trial_trains_is_judged_and_stands_in_the_table(labelled, tmp_path, monkeypatch, capsys, trial):
     for name in ("pairs", "flood"):
         (tmp_path / name).symlink_to(labelled)
     monkeypatch.setattr(recipe, "USUAL", recipe.USUAL | {"crop": 24, "batch_size": 8})
@@ -40,20 +46,19 @@ def test_vicreg_is_its_formula():
     assert recipe.vicreg(a, b).item() == pytest.approx(expected)
 
 
-def test_negatives_of_the_other_sensor_alone():
-    """Each row picks its partner among the embeddings of the other sensor: a textbook's two loops."""
+def test_in_clip_each_row_picks_its_partner_among_those_of_the_other_sensor():
+    """A textbook's two loops."""
     a, b = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)).double()
     cosine, total = F.cosine_similarity, 0
     for one, other in ((a, b), (b, a)):
         for k in range(7):
             total -= (cosine(one[k:k + 1], other) / 0.1).log_softmax(0)[k] / 14
-    model = models.Contrastive("d-simclr", {"s1": ["VV"], "s2": ["B4"]})
-    args = recipe.SimpleNamespace(**recipe.USUAL | recipe.TRIALS["clip"] | {"temperature": 0.1})
-    assert abs(recipe.loss_of(model, a, b, args) - total) < 1e-12
+    model = models.Contrastive("d-simclr", ONE_BAND)
+    assert abs(recipe.loss_of(model, a, b, settings("clip", temperature=0.1)) - total) < 1e-12
     assert abs(model.loss(a, b, 0.1) - total) > 0.1  # where those of the same sensor count
 
 
-def test_lars_steps():
+def test_lars_is_its_formula():
     """v = 0.9 v + rate * ratio * (gradient + decay), of which the ratio is 1 and no decay for biases."""
     weights, bias = torch.nn.Parameter(torch.ones(2, 3)), torch.nn.Parameter(torch.ones(3))
     optimizer, speed = recipe.LARS([weights, bias], 1.0, momentum=0.9), 0
@@ -69,54 +74,49 @@ def test_lars_steps():
 
 
 def test_similarity_over_shifts_is_the_best_of_nine():
-    model = models.Contrastive("mma", {"s1": ["VV"], "s2": ["B4"]})
+    model = models.Contrastive("mma", ONE_BAND)
     a, b = torch.randn(2, 3, 8, 6, 6, generator=torch.Generator().manual_seed(0))
-    args = recipe.SimpleNamespace(**recipe.USUAL | {"map_shift": 1})
     inner = F.normalize(b, dim=1)[..., 1:5, 1:5].flatten(1)
-    shifted = [F.normalize(a, dim=1)[..., k:k + 4, m:m + 4].flatten(1) @ inner.T / 16 for k in range(3) for m in range(3)]
-    assert torch.allclose(recipe.similarity_of(model, a, b, args), torch.stack(shifted).amax(0), atol=1e-6)
+    shifted = [F.normalize(a, dim=1)[..., k:k + 4, m:m + 4].flatten(1) @ inner.T / 16
+               for k in range(3) for m in range(3)]
+    found = recipe.similarity_of(model, a, b, settings(map_shift=1))
+    assert torch.allclose(found, torch.stack(shifted).amax(0), atol=1e-6)
 
 
 @pytest.mark.parametrize("turned", [1, 2])
-def test_turns_of_one_sensor_and_of_both(turned):
+def test_turned_crops_have_their_pixels_elsewhere_in_the_radar_alone_or_alike_in_both(turned):
     pixels = np.arange(4 * 6 * 6).reshape(1, 4, 1, 6, 6)
-    args = recipe.SimpleNamespace(**recipe.USUAL | {"turned": turned, "crop": 6})
+    args, radar = settings(turned=turned, crop=6), (100 * pixels).astype(np.int16)
     stats = {sensor: {"mean": [0], "std": [1]} for sensor in ("s1", "s2")}
     batch = np.arange(4), np.zeros(4, int), np.zeros(4, int)
-    s1, s2 = recipe.training_input(batch, (100 * pixels).astype(np.int16), pixels[0], args, stats, np.random.default_rng(0))
+    s1, s2 = recipe.training_input(batch, radar, pixels[0], args, stats, np.random.default_rng(0))
     plain = torch.from_numpy(pixels[0].astype(np.float32))
     assert torch.equal(s2, s1 if turned == 2 else plain) and not torch.equal(s1, plain)
     assert torch.equal(s1.flatten(1).sort(1).values, plain.flatten(1))  # the same pixels elsewhere
 
 
-@pytest.mark.parametrize("trial, betas, factors", [
-    ("clip", (0.9, 0.999), {1}), ("ours+momentum", (0.9, 0.999), None), ("ours", (0.0, 0.99), None)])
-def test_rates_and_momentum_of_the_trials(trial, betas, factors):
-    args = recipe.SimpleNamespace(**recipe.USUAL | recipe.TRIALS[trial], seed=0)
-    _, optimizer = recipe.make_model(args, {"s1": ["VV"], "s2": ["B4"]})
-    assert {group["betas"] for group in optimizer.param_groups} == {betas}
-    found = {group.get("factor", 1) for group in optimizer.param_groups}
-    assert found == factors or not factors and len(found) > 20
-
-
-@pytest.mark.parametrize("trial, kind", [
-    ("poster", torch.optim.Adam), ("ours", torch.optim.Adam), ("poster+lars0.6", recipe.LARS), ("clip+lars5", recipe.LARS),
-    ("clip+adafactor", torch.optim.Adafactor), ("clip+adamw", torch.optim.AdamW)])
-def test_optimiser_of_the_trials(trial, kind):
-    args = recipe.SimpleNamespace(**recipe.USUAL | recipe.TRIALS[trial], seed=0)
-    model, optimizer = recipe.make_model(args, {"s1": ["VV"], "s2": ["B4"]})
+@pytest.mark.parametrize("trial, kind, betas, own_rates", [
+    ("poster", "Adam", (0.9, 0.999), False), ("clip", "Adam", (0.9, 0.999), False),
+    ("ours", "Adam", (0.0, 0.99), True), ("ours+momentum", "Adam", (0.9, 0.999), True),
+    ("clip+adamw", "AdamW", (0.9, 0.999), False), ("clip+adafactor", "Adafactor", None, False),
+    ("poster+lars0.6", "LARS", None, False), ("clip+lars5", "LARS", None, False)])
+def test_trials_have_their_optimiser_momentum_and_rates_of_all_weights(trial, kind, betas, own_rates):
+    model, optimizer = recipe.make_model(settings(trial), ONE_BAND)
     held = [weights for group in optimizer.param_groups for weights in group["params"]]
-    assert type(optimizer) is kind and list(map(id, held)) == list(map(id, model.parameters()))
+    assert type(optimizer).__name__ == kind and list(map(id, held)) == list(map(id, model.parameters()))
+    assert {group.get("betas") for group in optimizer.param_groups} == {betas}
+    factors = {group.get("factor", 1) for group in optimizer.param_groups}
+    assert len(factors) > 20 if own_rates else factors == {1}
 
 
-def test_learned_temperature_moves():
-    """By about its own rate a step, from that of USUAL."""
-    args = recipe.SimpleNamespace(**recipe.USUAL | recipe.TRIALS["clip+learned-temp"], seed=0)
-    model, optimizer = recipe.make_model(args, {"s1": ["VV"], "s2": ["B4"]})
+def test_a_learned_temperature_moves_by_its_own_rate_from_the_usual_one():
+    args = settings("clip+learned-temp")
+    model, optimizer = recipe.make_model(args, ONE_BAND)
     for group in optimizer.param_groups:
         group["lr"] = args.lr * group.get("factor", 1)
     a, b = torch.randn(2, 8, 128, generator=torch.Generator().manual_seed(0))
-    assert recipe.loss_of(model, a, b, args).item() == pytest.approx(models.info_nce(model.similarity(a, b), 0.07).item())
-    recipe.loss_of(model, a, b, args).backward()
+    loss = recipe.loss_of(model, a, b, args)
+    assert loss.item() == pytest.approx(models.info_nce(model.similarity(a, b), 0.07).item())
+    loss.backward()
     optimizer.step()
     assert abs(args.log_temperature.item() - math.log(0.07)) == pytest.approx(0.01, rel=0.01)
