@@ -142,3 +142,16 @@ def call(monkeypatch, module, *args):
     """Run a script's main() in this process, which spares the seconds that importing torch takes."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, args)])
     return module.main()
+
+
+def watch(monkeypatch, module, name):
+    """-> list that fills with (arguments, result) of every call of a module's function."""
+    calls, function = [], getattr(module, name)
+
+    def watched(*args, **options):
+        result = function(*args, **options)
+        calls.append((args, result))
+        return result
+
+    monkeypatch.setattr(module, name, watched)
+    return calls

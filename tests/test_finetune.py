@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CONTEXT, as_main, call, user
+from conftest import CONTEXT, as_main, call, user, watch
 from matplotlib.figure import Figure
+from test_linear_eval import save_untrained
 
 import data
 import finetune
@@ -23,13 +24,6 @@ QUICK = ("--epochs", 1, "--batch-size", 16, "--crop", 32, "--seeds", 1, "--label
 def tune(monkeypatch, store, results, *options):
     call(monkeypatch, finetune, "--data", store, "--results", results, *QUICK, *options)
     return linear_eval.Results(results).read()
-
-
-def save(path, patches, method):
-    model = models.Contrastive(method, patches.bands)
-    models.save_checkpoint(path, model, method=method, arch="resnet18", bands=patches.bands,
-                           scale="fixed", stats=None, simulated=True, classes=patches.classes,
-                           args={"crop": 32})
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -47,8 +41,8 @@ def test_each_row_from_scratch(tmp_path, labelled, monkeypatch, method):
 @pytest.mark.parametrize("method", [m for m, row in models.METHODS.items() if row["pretrained"]])
 def test_each_pretrained_row_is_fine_tuned(tmp_path, labelled, monkeypatch, method):
     patches = data.Patches(labelled, models.METHODS[method].get("bands"))
-    save(tmp_path / "last.pt", patches, method)
-    line, = tune(monkeypatch, labelled, tmp_path / "a", "--checkpoint", tmp_path / "last.pt")
+    path = save_untrained(tmp_path / "last.pt", patches, method, scale="fixed", stats=None)
+    line, = tune(monkeypatch, labelled, tmp_path / "a", "--checkpoint", path)
     assert line["method"] == method and line["protocol"] == "finetune"
     assert line["args"]["scale"] == "fixed"
     assert np.sum(line["confusion"]) == line["counts"]["test_crops"]
@@ -56,15 +50,14 @@ def test_each_pretrained_row_is_fine_tuned(tmp_path, labelled, monkeypatch, meth
 
 def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, labelled, monkeypatch):
     options = ("--method", "only-s1", "--seeds", 2)
-    logits, extract = [], linear_eval.extract
-    monkeypatch.setattr(linear_eval, "extract",
-                        lambda *args: logits.append(extract(*args)) or logits[-1])
+    calls = watch(monkeypatch, linear_eval, "extract")
     first = tune(monkeypatch, labelled, tmp_path / "a", *options, "--threads", 1)
     second = tune(monkeypatch, labelled, tmp_path / "b", *options, "--threads", 3)
+    logits = [crops["x"] for _, crops in calls]
     assert len(first) == 2 and len(logits) == 4
-    assert all(np.array_equal(a["x"], b["x"]) for a, b in zip(logits[:2], logits[2:]))
+    assert all(np.array_equal(a, b) for a, b in zip(logits[:2], logits[2:]))
     assert [line["class"] for line in first] == [line["class"] for line in second]
-    assert not np.array_equal(logits[0]["x"], logits[1]["x"])  # another seed
+    assert not np.array_equal(logits[0], logits[1])  # another seed
     monkeypatch.setattr(finetune, "train", None)
     assert tune(monkeypatch, labelled, tmp_path / "a", *options) == first
 
@@ -90,23 +83,11 @@ def test_killed_and_started_again_nothing_is_lost_or_counted_twice(tmp_path, lab
     assert lines("killed") == lines("whole") and len(lines("whole")) == 3
 
 
-@pytest.mark.parametrize("options, message", [
-    (("--method", "mma"), "holds .*d-simclr.*: leave --method"),
-    (("--method", "late-fusion"), "holds .*d-simclr"),
-    (("--arch", "resnet50"), "holds .*resnet18.*--arch"),
-    (("--scale", "patch-max"), "holds .*fixed.*--scale"),
-    (("--bands", "VV", "VH", "B4"), "holds .*'VV', 'VH', 'B1'.*--bands"),
-])
-def test_a_checkpoint_of_something_else_is_one_line(tmp_path, labelled, monkeypatch, options,
-                                                    message):
-    path = tmp_path / "last.pt"
-    save(path, data.Patches(labelled), "d-simclr")
-    with pytest.raises(models.CheckpointError, match=message):
-        tune(monkeypatch, labelled, tmp_path, "--checkpoint", path, *options)
-    if "mma" in options:
-        result = user("finetune.py", "--checkpoint", path, "--data", labelled, *options)
-        assert result.returncode == 2 and result.stderr.count("\n") == 1
-        assert "leave --method" in result.stderr
+def test_a_checkpoint_of_something_else_is_one_line(tmp_path, labelled):
+    path = save_untrained(tmp_path / "last.pt", data.Patches(labelled))
+    result = user("finetune.py", "--checkpoint", path, "--data", labelled, "--method", "mma")
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "holds" in result.stderr and "leave --method" in result.stderr
 
 
 @pytest.mark.parametrize("count", [2, 8, 254])
@@ -119,10 +100,9 @@ def test_crops_without_a_label_teach_nothing(count):
         assert loss == 0 and not logits.grad.any()
     classes[0] = count - 1
     label = F.one_hot(torch.tensor([count - 1]), count).float()
-    single = F.cross_entropy(logits[:1], label)
-    multi = F.binary_cross_entropy_with_logits(logits[:1], label)
-    assert finetune.task_loss("single", logits, classes).item() == pytest.approx(single.item())
-    assert finetune.task_loss("multi", logits, classes).item() == pytest.approx(multi.item())
+    for task, loss_of in (("single", F.cross_entropy), ("multi", F.binary_cross_entropy_with_logits)):
+        expected = loss_of(logits[:1], label).item()
+        assert finetune.task_loss(task, logits, classes).item() == pytest.approx(expected)
 
 
 def fit_some(labelled, rows, rate=1e-5, epochs=1, seed=0):
@@ -138,16 +118,10 @@ def fit_some(labelled, rows, rate=1e-5, epochs=1, seed=0):
 
 
 def test_each_seed_and_epoch_has_its_own_crops(labelled, monkeypatch):
-    plans, random_crops = [], data.random_crops
-
-    def watched(*args):
-        plans.append(random_crops(*args))
-        return plans[-1]
-
-    monkeypatch.setattr(data, "random_crops", watched)
+    calls = watch(monkeypatch, data, "random_crops")
     for seed in range(2):
         fit_some(labelled, [0, 1, 2, 3], epochs=2, seed=seed)
-    assert len({str(plan) for plan in plans}) == 4
+    assert len({str(plan) for _, plan in calls}) == 4
 
 
 def test_both_rates_drop_to_a_tenth_at_the_drop_epoch(labelled, monkeypatch):
@@ -200,7 +174,7 @@ LINES = [
 FLOOD = [result_line(0.6, 0.7, classes=["dry", "flooded"], data="e", seed=k) for k in range(2)]
 
 
-def test_report(tmp_path, monkeypatch):
+def test_report_has_the_rows_of_the_poster_and_a_spread_over_seeds(tmp_path, monkeypatch):
     text = report_of(monkeypatch, tmp_path, LINES)
     single, multi, linear = text.split("### ")[1:]
     rows = [line for line in single.splitlines() if line.startswith("| ")]
@@ -237,15 +211,6 @@ def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
     assert "| D-SimCLR [bands VV B3, lr 1e-05] | 80 " in text
 
 
-def drawn(monkeypatch, folder, lines):
-    """-> what the figure of a report shows: per panel its title and its curves' names."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
-    report_of(monkeypatch, folder, lines)
-    figure, = figures
-    return [(axis.get_title(), axis.get_legend_handles_labels()[1]) for axis in figure.axes]
-
-
 def test_classes_of_ones_own_have_their_own_tables_and_no_poster(tmp_path, monkeypatch):
     text = report_of(monkeypatch, tmp_path, [*LINES, *FLOOD])
     eight, two = text.split("## dry, flooded\n")
@@ -256,8 +221,11 @@ def test_classes_of_ones_own_have_their_own_tables_and_no_poster(tmp_path, monke
 
 @pytest.mark.parametrize("simulated", [False, True])
 def test_the_poster_is_drawn_beside_its_own_classes_alone(tmp_path, monkeypatch, simulated):
-    lines = [{**line, "simulated": simulated} for line in [*LINES, *FLOOD]]
-    (title, curves), (other, others) = drawn(monkeypatch, tmp_path, lines)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    report_of(monkeypatch, tmp_path, [{**line, "simulated": simulated} for line in [*LINES, *FLOOD]])
+    (title, curves), (other, others) = [(axis.get_title(), axis.get_legend_handles_labels()[1])
+                                        for figure in figures for axis in figure.axes]
     assert [name for name in curves if "poster" not in name] == ["LateFusion", "D-SimCLR", "MMA"]
     assert sum("poster" in name for name in curves) == (0 if simulated else 4)
     assert others == ["D-SimCLR"] and other.endswith("dry, flooded, single-label")
@@ -272,9 +240,9 @@ def test_report_without_results_is_one_line(tmp_path):
 
 
 def test_bf16_on_a_cpu_with_crops_whose_gradients_are_wrong_is_refused(tmp_path, labelled, monkeypatch):
-    for method, refused in (("only-s2", True), ("mma", False)):
-        assert bool(models.spoilt_gradients(method, 16, "bf16", "cpu")) == refused
-    assert not models.spoilt_gradients("only-s2", 17, "bf16", "cpu") and not models.spoilt_gradients("only-s2", 16, "float32", "cpu")
+    for method, crop, precision, refused in (("only-s2", 16, "bf16", True), ("mma", 16, "bf16", False),
+                                             ("only-s2", 17, "bf16", False), ("only-s2", 16, "float32", False)):
+        assert bool(models.spoilt_gradients(method, crop, precision, "cpu")) == refused
     with pytest.raises(data.DataError, match="--crop 16: on a CPU bf16 gradients"):
         call(monkeypatch, finetune, "--method", "only-s2", "--data", labelled, "--crop", 16, "--precision", "bf16",
              "--results", tmp_path)

@@ -6,12 +6,12 @@ import re
 
 import numpy as np
 import pytest
-import rasterio
 import simulate
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, call, user
+from conftest import ROOT, call, user, watch
 from matplotlib.figure import Figure
+from test_data import write_tif
 
 import data
 import finetune
@@ -20,6 +20,7 @@ import models
 from data import IGNORE
 
 PUBLISHED_COUNTS = (76, 37, 101, 180, 156, 62, 23, 351)  # patches per class of the 986
+BANDS = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
 FLOOD = {"s1": ["VH"], "s2": ["B12", "B8", "B4"], "classes": {"1": "dry", "4": "flooded"}}
 
 
@@ -43,12 +44,7 @@ def write_pair(folder, name, legend, s1, s2, classes):
     """A pair of plain GeoTIFFs with its class map, each (bands, h, w), in a tree with a legend."""
     images = {"s1": np.float32(s1), "s2": np.uint16(s2), "classes": np.uint8(classes)}
     for sensor, image in images.items():
-        path = folder / sensor / f"{name}.tif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        count, height, width = image.shape
-        with rasterio.open(path, "w", driver="GTiff", count=count, height=height, width=width,
-                           dtype=image.dtype, transform=rasterio.Affine(10, 0, 0, 0, -10, 0)) as file:
-            file.write(image)
+        write_tif(folder / sensor / f"{name}.tif", image)
     (folder / "../legend.json").write_text(json.dumps(legend))
 
 
@@ -87,39 +83,35 @@ def test_metrics_are_those_of_the_released_code(shared):
         assert scores["overall"] == pytest.approx(golden[f"{task}_overall"], abs=1e-6)
 
 
+def compare(scores, occur, of_classes, overall):
+    """occur: numbers of the classes that do; of_classes: what each of them should have."""
+    np.testing.assert_allclose(scores["class"][occur], of_classes)
+    assert np.isnan(np.delete(scores["class"], occur)).all()
+    assert scores["average"] == pytest.approx(of_classes.mean()) and scores["overall"] == pytest.approx(overall)
+
+
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("count", [2, 8, 254])
-def test_metrics_agree_with_scikit_learn(count):
-    for seed in range(20):
-        compare_metrics(pytest.importorskip("sklearn.metrics"), seed, count)
-
-
-def compare_metrics(metrics, seed, count):
+def test_metrics_agree_with_scikit_learn(seed, count):
+    metrics = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(seed)
     some = rng.permutation(count)[:rng.integers(1, count + 1)]  # often not all classes occur
     n = rng.integers(1, 200)
     true, predicted = rng.choice(some, n).astype(np.uint8), rng.integers(0, count, n)
     ours = linear_eval.score("single", np.eye(count)[true], np.eye(count)[predicted])
     confusion = metrics.confusion_matrix(true, predicted, labels=range(count))
-    occur = np.flatnonzero(confusion.sum(1))
-    np.testing.assert_allclose(ours["class"][occur],
-                               confusion.diagonal()[occur] / confusion.sum(1)[occur])
-    assert np.isnan(np.delete(ours["class"], occur)).all()
-    recall = metrics.recall_score(true, predicted, labels=occur, average="macro")
-    assert ours["average"] == pytest.approx(recall)
-    assert ours["overall"] == pytest.approx(metrics.accuracy_score(true, predicted))
     np.testing.assert_array_equal(ours["confusion"], confusion)
+    occur = np.flatnonzero(confusion.sum(1))
+    recall = metrics.recall_score(true, predicted, labels=occur, average=None)
+    compare(ours, occur, recall, metrics.accuracy_score(true, predicted))
 
     often = rng.random(count) * rng.integers(0, 2, count)
     true, predicted = (np.float32(rng.random((n, count)) < often) for _ in range(2))
     true[0, 0] = 1
-    ours = linear_eval.score("multi", true, predicted - 0.5)
     occur = np.flatnonzero(true.any(0))
-    f1 = metrics.f1_score(true, predicted, average=None, zero_division=0)
-    np.testing.assert_allclose(ours["class"][occur], f1[occur])
-    assert np.isnan(np.delete(ours["class"], occur)).all()
-    assert ours["average"] == pytest.approx(f1[occur].mean())
+    f1 = metrics.f1_score(true, predicted, average=None, zero_division=0)[occur]
     pooled = metrics.f1_score(true, predicted, average="micro", zero_division=0)
-    assert ours["overall"] == pytest.approx(pooled)
+    compare(linear_eval.score("multi", true, predicted - 0.5), occur, f1, pooled)
 
 
 def test_absent_classes_are_left_out():
@@ -139,13 +131,9 @@ def test_repeats_are_the_published_ones():
 
 
 @pytest.mark.parametrize("sampling", ["patches", "rows"])
-@pytest.mark.parametrize("counts", [PUBLISHED_COUNTS, (300, 150), tuple(range(3, 257))])
-def test_fractions_are_nested_and_leave_unlabelled_patches_out(sampling, counts):
-    for seed in range(5):
-        check_fractions(seed, sampling, counts)
-
-
-def check_fractions(seed, sampling, counts):
+@pytest.mark.parametrize("counts", [PUBLISHED_COUNTS, (300, 150), range(3, 257)], ids=len)
+@pytest.mark.parametrize("seed", range(5))
+def test_fractions_are_nested_and_leave_unlabelled_patches_out(seed, sampling, counts):
     sizes, fractions = (*counts, 30), (0.01, 0.1, 0.5, 1)
     labels = np.repeat([*range(len(counts)), IGNORE], sizes)
     labels = np.random.default_rng(seed).permutation(labels)
@@ -194,6 +182,11 @@ def problem(seed, task="single", n=300, d=20, classes=8):
     return torch.tensor(x), torch.tensor(y), torch.tensor(weight)
 
 
+def fitted(task, x, y, weight, penalty, queries, **options):
+    """-> (queries, K, C) logits."""
+    return linear_eval.predict(queries, *linear_eval.fit(task, x, y, weight, penalty, **options))
+
+
 def objective(task, x, y, weight, penalty, w, b):
     logits = x @ w + b
     if task == "single":
@@ -217,16 +210,11 @@ def test_the_fit_is_converged(task, penalty):
 @pytest.mark.parametrize("penalty", [1.0, 1e-2, 1e-4])
 def test_the_fit_predicts_what_scikit_learn_predicts(penalty, classes):
     linear_model = pytest.importorskip("sklearn.linear_model")
-
-    def logits(task, x, y, weight):
-        model = linear_eval.fit(task, x, y, weight[None], penalty)
-        return linear_eval.predict(queries, *model)[:, 0]
-
     same = []
     for seed in range(2):
         x, y, weight = problem(seed, classes=classes)
         queries = problem(seed + 100, n=1000)[0]
-        ours = logits("single", x, y, weight).argmax(1).numpy()
+        ours = fitted("single", x, y, weight[None], penalty, queries)[:, 0].argmax(1).numpy()
         strength = 1 / (penalty * weight.sum().item())
         if classes == 2:  # of two opposite rows of weights only the difference counts there
             strength *= 2
@@ -235,7 +223,7 @@ def test_the_fit_predicts_what_scikit_learn_predicts(penalty, classes):
         x, y, weight = problem(seed, "multi")
         strength = 1 / (penalty * weight.sum().item())
         theirs.set_params(solver="newton-cholesky", C=strength)  # faster, for two classes
-        ours = logits("multi", x, y, weight).numpy() > 0
+        ours = fitted("multi", x, y, weight[None], penalty, queries)[:, 0].numpy() > 0
         for c in range(8):
             if 0 < y[:, c].mean() < 1:
                 same.append((theirs.fit(x, y[:, c], weight).predict(queries) == ours[:, c]).mean())
@@ -245,14 +233,12 @@ def test_the_fit_predicts_what_scikit_learn_predicts(penalty, classes):
 
 
 def test_weights_are_repeats_and_fits_side_by_side_are_fits_alone():
-    def logits(x, y, weight):
-        return linear_eval.predict(whole, *linear_eval.fit("single", x, y, weight, 0.01))
-
-    whole, y, weight = problem(1, classes=6)
-    together = logits(whole, y, torch.stack((weight, weight * (torch.arange(len(whole)) < 200))))
-    repeated = torch.arange(len(whole)).repeat_interleave(weight.long())
-    alone = logits(whole[repeated], y[repeated], torch.ones(1, len(repeated)).double())
-    some = logits(whole[:200], y[:200], weight[None, :200])
+    x, y, weight = problem(1, classes=6)
+    both = torch.stack((weight, weight * (torch.arange(len(x)) < 200)))
+    together = fitted("single", x, y, both, 0.01, x)
+    repeated = torch.arange(len(x)).repeat_interleave(weight.long())
+    alone = fitted("single", x[repeated], y[repeated], torch.ones(1, len(repeated)).double(), 0.01, x)
+    some = fitted("single", x[:200], y[:200], weight[None, :200], 0.01, x)
     assert torch.allclose(together[:, :1, :6], alone[..., :6], atol=1e-4)
     assert torch.allclose(together[:, 1:, :6], some[..., :6], atol=1e-4)
     assert (together[..., 6:] < -900).all()  # classes without a sample
@@ -261,21 +247,18 @@ def test_weights_are_repeats_and_fits_side_by_side_are_fits_alone():
 def test_labels_that_none_or_all_samples_have_are_predicted_so():
     x, y, weight = problem(2, "multi")
     y[:, 0], y[:, 1] = 0, 1
-    logits = linear_eval.predict(x, *linear_eval.fit("multi", x, y, weight[None], 0.1))[:, 0]
+    logits = fitted("multi", x, y, weight[None], 0.1, x)[:, 0]
     assert (logits[:, 0] < 0).all() and (logits[:, 1] > 0).all() and logits.isfinite().all()
 
 
 @pytest.mark.parametrize("n", [30, 300])
 def test_principal_axes_leave_the_solution_as_it_is(n):
-    def logits(x):
-        model = linear_eval.fit("single", x, y, weight[None], 0.1, tolerance=1e-9)
-        return linear_eval.predict(x, *model)
-
     x, y, weight = problem(3, n=n, d=100)
     axes = linear_eval.principal_axes(x)
     assert axes.shape == (100, min(n, 100))
     assert torch.allclose(axes.T @ axes, torch.eye(axes.shape[1]).double())
-    assert torch.allclose(logits(x), logits(x @ axes), atol=1e-4)
+    one, other = (fitted("single", v, y, weight[None], 0.1, v, tolerance=1e-9) for v in (x, x @ axes))
+    assert torch.allclose(one, other, atol=1e-4)
 
 
 def made_up(n, seed, classes=8, d=16):
@@ -295,8 +278,8 @@ def test_the_penalty_is_the_one_that_predicts_other_patches_best():
     x, y, queries = (torch.from_numpy(v).double() for v in (train["x"], train["single"], test["x"]))
     right = {}
     for penalty in linear_eval.PENALTIES:
-        model = linear_eval.fit("single", x, y, torch.ones(1, len(x)).double(), penalty)
-        predicted = linear_eval.predict(queries, *model)[:, 0].argmax(1).numpy()
+        logits = fitted("single", x, y, torch.ones(1, len(x)).double(), penalty, queries)
+        predicted = logits[:, 0].argmax(1).numpy()
         right[penalty] = (predicted == test["single"].argmax(1)).mean()
     assert right[found] > max(right.values()) - 0.01 > min(right.values()) + 0.01
 
@@ -337,17 +320,6 @@ def test_any_number_of_classes(task, classes):
     assert scores["overall"] > 0.5
 
 
-def test_training_and_test_patches_are_disjoint(labelled):
-    parser = linear_eval.evaluation_parser("")
-    args = parser.parse_args(["--data", str(labelled), "--scale", "standard"])
-    patches, train, test, scaling = linear_eval.open_labelled(args, {})
-    ids = np.array(patches.ids)
-    assert len(train) == 32 and len(test) == 24 and not set(ids[train]) & set(ids[test])
-    assert all("validation" in name for name in ids[train])
-    assert all("test" in name for name in ids[test])
-    assert scaling["stats"] == patches.stats(train) != patches.stats(patches.rows)
-
-
 # ------------------------------------------------------------------------------------------ results
 
 def run_of(**change):
@@ -374,14 +346,17 @@ def test_processes_that_write_at_once_lose_nothing_and_count_nothing_twice(tmp_p
     assert sorted(json.loads(line)["seed"] for line in lines) == list(range(80))
 
 
+POWER_CUT = b"\n".join((b"", b"\0" * 50, b"\xff\xfe", b"\0" * 50 + b'{"seed": 1}', b"\0" * 9, b""))
+
+
 # The third ends in a brace.
-@pytest.mark.parametrize("keep", ["{", '"task": "si', '"s2": ["B2"]}', '"overall": 0.6'])
-def test_a_line_that_a_kill_cut_off_is_no_result(tmp_path, keep):
+@pytest.mark.parametrize("keep", [b"{", b'"task": "si', b'"s2": ["B2"]}', b'"overall": 0.6'])
+def test_lines_that_a_kill_cut_off_or_a_power_cut_spoilt_are_no_results(tmp_path, keep):
     results = linear_eval.Results(tmp_path)
     results.add(run_of(seed=0), SCORES)
-    whole = results.path.read_text()
-    line = whole.replace('"seed": 0', '"seed": 1')
-    results.path.write_text(whole + line[:line.index(keep) + len(keep)])
+    whole = results.path.read_bytes()
+    line = whole.strip().replace(b'"seed": 0', b'"seed": 1')
+    results.path.write_bytes(whole + POWER_CUT + line[:line.index(keep) + len(keep)])
     assert results.has(run_of(seed=0)) and not results.has(run_of(seed=1))
     results.add(run_of(seed=1), SCORES)
     results.add(run_of(seed=2), SCORES)
@@ -389,16 +364,8 @@ def test_a_line_that_a_kill_cut_off_is_no_result(tmp_path, keep):
     assert results.read()[1]["class"] == [0.5] * 7 + [None]
 
 
-def test_lines_that_a_power_cut_spoilt_are_no_results(tmp_path):
-    results = linear_eval.Results(tmp_path)
-    results.add(run_of(seed=0), SCORES)
-    spoilt = [results.path.read_bytes(), b"\0" * 50, b"\xff\xfe", b"\0" * 50 + b'{"seed": 1}', b"\0" * 9]
-    results.path.write_bytes(b"\n".join(spoilt))
-    results.add(run_of(seed=2), SCORES)
-    assert [line["seed"] for line in results.read()] == [0, 2]
-
-
-@pytest.mark.parametrize("fraction, words", [(0.002, "0.2 % of labels"), (0.07, "7 % of"), (0.1, "10 % of"), (1.0, "100 % of")])
+@pytest.mark.parametrize("fraction, words", [(0.002, "0.2 % of labels"), (0.07, "7 % of"), (0.1, "10 % of"),
+                                             (1.0, "100 % of")])
 def test_small_fractions_are_not_rounded_away(tmp_path, capsys, fraction, words):
     linear_eval.Results(tmp_path).add(run_of(label_fraction=fraction), SCORES)
     assert f", {words}" in capsys.readouterr().out
@@ -412,8 +379,7 @@ def test_probe_of_a_checkpoint(tmp_path, labelled, checkpoint, monkeypatch):
              tmp_path, "--seeds", 2, "--task", "single", "multi", *options)
         return linear_eval.Results(tmp_path).read()
 
-    calls, extract = [], linear_eval.extract
-    monkeypatch.setattr(linear_eval, "extract", lambda *args: calls.append(1) or extract(*args))
+    calls = watch(monkeypatch, linear_eval, "extract")
     first = probe("--label-fraction", 0.1, 1)
     assert len(calls) == 2  # training and test crops, whatever the seeds, tasks and fractions
     assert len(first) == 8
@@ -428,35 +394,30 @@ def test_probe_of_a_checkpoint(tmp_path, labelled, checkpoint, monkeypatch):
 
 
 def test_one_split_is_learnt_from_and_the_other_tested_on(tmp_path, labelled, monkeypatch):
-    def watch(module, name):
-        calls, function = [], getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args: calls.append(args) or function(*args))
-        return calls
-
     options = ("--data", labelled, "--results", tmp_path, "--crop", 32, "--seeds", 1)
-    probed = watch(linear_eval, "probe")
+    probes = watch(monkeypatch, linear_eval, "probe")
     call(monkeypatch, linear_eval, "--baseline", "bands", *options)
-    trained, extracted = watch(finetune, "train"), watch(linear_eval, "extract")
+    trainings, extractions = watch(monkeypatch, finetune, "train"), watch(monkeypatch, linear_eval, "extract")
     call(monkeypatch, finetune, "--method", "only-s1", "--epochs", 1, *options)
-    chosen, crops, other = probed[0][3], probed[0][1]["row"], probed[0][2]["row"]
-    trained, tested = trained[0][3], extracted[0][3]
+    (_, crops, other, chosen, *_), _ = probes[0]
+    (_, _, _, trained, *_), _ = trainings[0]
+    (_, scaling, _, tested, *_), _ = extractions[0]
     patches = data.Patches(labelled)
-    usable = patches.rows_of("validation")
-    usable = usable[patches.labels[usable] != IGNORE]
-    assert set(chosen) == set(trained) == set(usable) and set(usable) <= set(crops)
-    assert set(other) == set(tested) == set(patches.rows_of("test"))
+    validation = patches.rows_of("validation")
+    usable = set(validation[patches.labels[validation] != IGNORE])
+    assert set(chosen) == set(trained) == usable and usable <= set(crops["row"])
+    assert set(other["row"]) == set(tested) == set(patches.rows_of("test"))
+    assert scaling["stats"] == patches.stats(validation) != patches.stats(patches.rows)
 
 
-def test_baselines(tmp_path, labelled, monkeypatch):
-    calls, extract = [], linear_eval.extract
-    monkeypatch.setattr(linear_eval, "extract", lambda *args: calls.append(1) or extract(*args))
+def test_random_weights_are_others_with_each_seed_and_bands_are_taken_once(tmp_path, labelled, monkeypatch):
+    calls = watch(monkeypatch, linear_eval, "extract")
     for baseline in ("random", "bands"):
         call(monkeypatch, linear_eval, "--baseline", baseline, "--data", labelled, "--results",
              tmp_path, "--crop", 32, "--seeds", 2, "--scale", "fixed")
     lines = linear_eval.Results(tmp_path).read()
     assert [line["baseline"] for line in lines] == ["random", "random", "bands", "bands"]
-    assert lines[0]["average"] != lines[1]["average"]  # other weights with each seed
-    assert len(calls) == 2 * 2 + 2
+    assert lines[0]["average"] != lines[1]["average"] and len(calls) == 2 * 2 + 2
 
 
 def embeddings(monkeypatch, checkpoint, store, out, *options):
@@ -485,83 +446,67 @@ def test_embeddings_do_not_depend_on_batches_and_threads(tmp_path, labelled, che
     np.testing.assert_allclose(np.concatenate((one["s1"][5], one["s2"][5])), expected, rtol=0, atol=1e-5)
 
 
+def save_released(path, model, heads=()):
+    """Write a model as the authors wrote theirs, of the sensors `heads` with their heads."""
+    states = {sensor: encoder.state_dict() for sensor, encoder in model.encoders.items()}
+    content = {f"{sensor}_model_weights": state for sensor, state in states.items()}
+    if model.method == "d-simclr":
+        weights = {}
+        for prefix, sensor in (("backbone1.", "s1"), ("backbone2.", "s2")):
+            weights |= {prefix + key: value for key, value in states[sensor].items()}
+            if sensor in heads:
+                weights |= {f"{prefix}fc.{key}": value for key, value in model.heads[sensor].state_dict().items()}
+        content = {"state_dict": weights}
+    torch.save(content, path)
+
+
 def test_authors_weights_are_taken_as_they_are(tmp_path, labelled, monkeypatch, capsys):
-    nets = {number: models.resnet("resnet18", bands) for number, bands in (("1", 2), ("2", 13))}
-    heads = {number: torch.nn.Sequential(torch.nn.Linear(512, 512), torch.nn.ReLU(),
-                                         torch.nn.Linear(512, 64)) for number in nets}
-    weights = {}
-    for number, net in nets.items():
-        for key, value in net.state_dict().items():
-            weights[f"backbone{number}.{key}"] = value
-        for key, value in heads[number].state_dict().items():
-            weights[f"backbone{number}.fc.{key}"] = value
-    torch.save({"state_dict": weights}, tmp_path / "released.pth")
-    one = {key: value for key, value in weights.items() if "backbone1.fc" not in key}
-    for number, some in enumerate((one, {key: value for key, value in one.items() if ".fc." not in key})):
-        torch.save({"state_dict": some}, tmp_path / f"headless{number}.pth")
-    found = embeddings(monkeypatch, tmp_path / "released.pth", labelled, tmp_path / "out.npz",
-                       "--crop", 32)
+    """In embeddings, and in --retrieve, which sends centre crops through the heads if both are there."""
+    model, path = models.Contrastive("d-simclr", BANDS, width=64).eval(), tmp_path / "released.pth"
+    save_released(path, model, ("s1", "s2"))
+    found = embeddings(monkeypatch, path, labelled, tmp_path / "out.npz", "--crop", 32)
     patches = data.Patches(labelled)
-    s1, s2 = models.to_input(*crops_of(patches, 9, (0, 0, 8, 8), (0, 8, 0, 8)), "patch-max")
+    inputs = models.to_input(*crops_of(patches, 9, (0, 0, 8, 8), (0, 8, 0, 8)), "patch-max")
+    centres = [crops_of(patches, row, (4,), (4,)) for row in patches.rows_of("test")]
+    central = models.to_input(*map(torch.cat, zip(*centres)), "patch-max")
     with torch.no_grad():
-        for sensor, net, x in (("s1", nets["1"], s1), ("s2", nets["2"], s2)):
-            np.testing.assert_allclose(found[sensor][9], net.eval()(x).mean(0), rtol=0, atol=1e-5)
-        # --retrieve: centre crops through the heads
-        centres = [crops_of(patches, row, (4,), (4,)) for row in patches.rows_of("test")]
-        a, b = models.to_input(*map(torch.cat, zip(*centres)), "patch-max")
-        a, b = (F.normalize(heads[k](nets[k](v))) for k, v in (("1", a), ("2", b)))
-    capsys.readouterr()
-    call(monkeypatch, linear_eval, "--checkpoint", tmp_path / "released.pth", "--data", labelled,
-         "--crop", 32, "--precision", "float32", "--retrieve", tmp_path / "out.png")
-    expected = models.retrieval(a @ b.T)["median"]
-    assert f"median rank {expected:g}, crops of 32 px\n" in capsys.readouterr().out
-    with torch.no_grad():  # with one head or none the features are compared
-        a, b = models.to_input(*map(torch.cat, zip(*centres)), "patch-max")
-        a, b = F.normalize(nets["1"](a)), F.normalize(nets["2"](b))
-    expected = models.retrieval(a @ b.T)["median"]
-    for number in range(2):
-        call(monkeypatch, linear_eval, "--checkpoint", tmp_path / f"headless{number}.pth", "--data", labelled,
-             "--crop", 32, "--precision", "float32", "--retrieve", tmp_path / "out.png")
+        for sensor, x in zip(BANDS, inputs):
+            expected = model.encoders[sensor](x).mean(0)
+            np.testing.assert_allclose(found[sensor][9], expected, rtol=0, atol=1e-5)
+        features = {sensor: model.encoders[sensor](x) for sensor, x in zip(BANDS, central)}
+        projected = {sensor: model.heads[sensor](x) for sensor, x in features.items()}
+    for heads, compared in ((("s1", "s2"), projected), (("s2",), features), ((), features)):
+        save_released(path, model, heads)
+        capsys.readouterr()
+        call(monkeypatch, linear_eval, "--checkpoint", path, "--data", labelled, "--crop", 32,
+             "--precision", "float32", "--retrieve", tmp_path / "out.png")
+        a, b = (F.normalize(x) for x in compared.values())
+        expected = models.retrieval(a @ b.T)["median"]
         assert f"median rank {expected:g}, crops of 32 px\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["d-simclr", "mma"])
 def test_authors_weights_are_probed_and_fine_tuned(tmp_path, labelled, monkeypatch, method):
-    nets = models.make_encoders(method, {"s1": models.S1_BANDS, "s2": models.S2_BANDS})
-    content = {f"{sensor}_model_weights": net.state_dict() for sensor, net in nets.items()}
-    if method == "d-simclr":
-        content = {"state_dict": {f"backbone{k}.{key}": value for k, net in zip("12", nets.values())
-                                  for key, value in net.state_dict().items()}}
-    torch.save(content, tmp_path / "released.pth")
+    save_released(tmp_path / "released.pth", models.Contrastive(method, BANDS))
     common = ("--checkpoint", tmp_path / "released.pth", "--data", labelled, "--results", tmp_path,
               "--crop", 32, "--seeds", 1, "--label-fraction", 0.5)
     call(monkeypatch, linear_eval, *common)
     call(monkeypatch, finetune, *common, "--epochs", 1, "--batch-size", 32)
     probed, tuned = linear_eval.Results(tmp_path).read()
-    assert (probed["method"], probed["protocol"]) == (method, "linear")
-    assert (tuned["method"], tuned["protocol"]) == (method, "finetune")
-    assert probed["args"]["scale"] == tuned["args"]["scale"] == "patch-max"
+    for line, protocol in ((probed, "linear"), (tuned, "finetune")):
+        assert (line["method"], line["protocol"], line["args"]["scale"]) == (method, protocol, "patch-max")
 
 
-@pytest.mark.parametrize("store", ["labelled", "pairs"])
-def test_retrieval_as_a_picture(tmp_path, request, checkpoint, monkeypatch, capsys, store):
-    call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data",
-         request.getfixturevalue(store), "--retrieve", tmp_path / "out.png")
-    count = 24 if store == "labelled" else 32  # of the pairs half of the scenes are held out
-    assert f"{count} held-out candidates," in capsys.readouterr().out
+def test_retrieval_as_a_picture(tmp_path, pairs, checkpoint, monkeypatch, capsys):
+    call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", pairs, "--retrieve", tmp_path / "out.png")
+    assert "32 held-out candidates," in capsys.readouterr().out  # half of the scenes are held out
     assert (tmp_path / "out.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("method", ["d-simclr", "mma"])
 def test_retrieval_with_larger_crops_than_in_training(tmp_path, labelled, monkeypatch, capsys, method):
     path = save_untrained(tmp_path / "last.pt", data.Patches(labelled), method)  # trained with 32
-    seen, similarity = [], models.Contrastive.similarity
-
-    def watched(model, a, b):
-        seen.append(a.shape[1:])
-        return similarity(model, a, b)
-
-    monkeypatch.setattr(models.Contrastive, "similarity", watched)
+    calls = watch(monkeypatch, models.Contrastive, "similarity")
     for options, crop in (((), 32), (("--crop", 40), 40)):
         figures = []
         monkeypatch.setattr(Figure, "savefig", lambda figure, *args, to=figures, **kwargs: to.append(figure))
@@ -573,10 +518,10 @@ def test_retrieval_with_larger_crops_than_in_training(tmp_path, labelled, monkey
         shapes = {axis.images[0].get_array().shape[:2] for axis in figures[0].axes}
         assert shapes == {(crop, crop)}
     maps = [(256, 4, 4), (256, 5, 5)]  # an eighth of the crops
-    assert seen == (maps if method == "mma" else [(128,)] * 2)
+    assert [a.shape[1:] for (_, a, _), _ in calls] == (maps if method == "mma" else [(128,)] * 2)
 
 
-def test_composite():
+def test_a_picture_is_in_true_colour_or_of_the_first_three_bands():
     rng = np.random.default_rng(0)
     s2 = rng.integers(0, 6000, (13, 4, 5)).astype(np.uint16)
     picture, title = linear_eval.composite(s2, data.S2_BANDS)
@@ -645,35 +590,26 @@ def test_crops_have_their_own_labels_among_many_classes(tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("--method", "mma"), "last.pt: holds .*d-simclr.*: leave --method, --arch"),
-    (("--scale", "fixed"), "last.pt: holds .*standard.* --scale and"),
-    (("--arch", "resnet50"), "last.pt: holds .*resnet18.*--arch"),
-    (("--bands", "VV", "B2"), "last.pt: holds .*'VV', 'VH', 'B1'.* --bands out"),
-    (("--crop", 64), "--crop 64"),
-    (("--label-fraction", 0.1, 0), "--label-fraction: above 0 and at most 1"),
-    (("--label-fraction", 10), "--label-fraction: above 0 and at most 1"),
+    ("--checkpoint {checkpoint} --method mma", "last.pt: holds .*d-simclr.*: leave --method, --arch"),
+    ("--checkpoint {checkpoint} --scale fixed", "last.pt: holds .*standard.* --scale and"),
+    ("--checkpoint {checkpoint} --arch resnet50", "last.pt: holds .*resnet18.*--arch"),
+    ("--checkpoint {checkpoint} --bands VV B2", "last.pt: holds .*'VV', 'VH', 'B1'.* --bands out"),
+    ("--checkpoint {checkpoint} --crop 64", "--crop 64"),
+    ("--checkpoint {checkpoint} --label-fraction 0.1 0", "--label-fraction: above 0 and at most 1"),
+    ("--checkpoint {checkpoint} --label-fraction 10", "--label-fraction: above 0 and at most 1"),
+    ("--checkpoint {checkpoint} --data {pairs}", "no class maps"),
+    ("--checkpoint {checkpoint} --data {flood}", "no band (VV|B1) .*B12.*B8.*B4"),
+    ("--baseline random --bands VV --data {flood}", "no band VV, .*VH.*B12"),
+    ("--baseline random --method simclr-rgb --data {flood}", "no band (B3 B2|B2 B3),"),
+    ("--baseline random --bands VH --data {flood}", "d-simclr needs bands of s2"),
+    ("--baseline random --method only-s2 --sensors s1 --crop 32", "--sensors s1"),
+    ("--baseline random --data {checkpoint.parent}", "pack"),
 ])
-def test_what_a_checkpoint_is_not(tmp_path, labelled, checkpoint, monkeypatch, options, message):
-    with pytest.raises((models.CheckpointError, data.DataError), match=message):
-        call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", labelled, "--results",
-             tmp_path, *options)
-
-
-@pytest.mark.parametrize("options, message", [
-    (("--checkpoint", "{checkpoint}", "--data", "{pairs}"), "no class maps"),
-    (("--checkpoint", "{checkpoint}", "--data", "{flood}"), "no band (VV|B1) .*B12.*B8.*B4"),
-    (("--baseline", "random", "--bands", "VV", "--data", "{flood}"), "no band VV, .*VH.*B12"),
-    (("--baseline", "random", "--method", "simclr-rgb", "--data", "{flood}"), "no band (B3 B2|B2 B3),"),
-    (("--baseline", "random", "--bands", "VH", "--data", "{flood}"), "d-simclr needs bands of s2"),
-    (("--baseline", "random", "--method", "only-s2", "--sensors", "s1"), "--sensors s1"),
-    (("--data", "{checkpoint.parent}"), "pack"),
-])
-def test_data_that_does_not_fit_is_one_line(tmp_path, labelled, pairs, flood, checkpoint,
-                                            monkeypatch, options, message):
-    filled = [option.format(checkpoint=checkpoint, pairs=pairs, flood=flood) for option in options]
-    usual = () if "--checkpoint" in options else ("--baseline", "random", "--crop", 32)
-    with pytest.raises(data.DataError, match=message) as raised:
-        call(monkeypatch, linear_eval, "--data", labelled, "--results", tmp_path, *usual, *filled)
+def test_a_checkpoint_or_data_that_do_not_fit_are_one_line(tmp_path, labelled, pairs, flood, checkpoint, monkeypatch,
+                                                           options, message):
+    filled = [option.format(checkpoint=checkpoint, pairs=pairs, flood=flood) for option in options.split()]
+    with pytest.raises((models.CheckpointError, data.DataError), match=message) as raised:
+        call(monkeypatch, linear_eval, "--data", labelled, "--results", tmp_path, *filled)
     assert "\n" not in str(raised.value)
 
 

@@ -1,17 +1,16 @@
 """tests/ombria.py: a clone of OMBRIA, here a made-up one in its layout, as two trees that pack."""
-import sys
-
 import numpy as np
 import ombria
 import pytest
 import rasterio
+from conftest import call
 
 import data
 
 
-def write_png(path, image):
+def write_8_bit(path, image, driver="PNG"):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with rasterio.open(path, "w", driver="PNG", count=len(image), height=image.shape[1], width=image.shape[2],
+    with rasterio.open(path, "w", driver=driver, count=len(image), height=image.shape[1], width=image.shape[2],
                        dtype="uint8") as file:
         file.write(image)
 
@@ -21,37 +20,29 @@ def clone(tmp_path_factory):
     """6 places of OMBRIA's own split and 2 of each country of 2021, 16 px -> (folder, images by file)."""
     folder, rng, images = tmp_path_factory.mktemp("OMBRIA"), np.random.default_rng(0), {}
 
-    def add(path, bands):
-        images[path] = rng.integers(0, 256, (bands, 16, 16), dtype=np.uint8)
-        write_png(folder / path, images[path])
-
-    def add_mask(path):
-        images[path] = np.uint8(255) * rng.integers(0, 2, (1, 16, 16), dtype=np.uint8)
-        write_png(folder / path, images[path])
+    def add(path, bands=1, levels=256):
+        grey = rng.integers(0, levels, (bands, 16, 16), dtype=np.uint8)
+        images[path] = grey * np.uint8(255 // (levels - 1))
+        write_8_bit(folder / path, images[path])
 
     for number in range(6):
         part, name = "test" if number > 3 else "train", f"{number:04}"
         for date in ("before", "after"):
             add(f"OmbriaS1/{part}/{date.upper()}/S1_{date}_{name}.png", 1)
             add(f"OmbriaS2/{part}/{date.upper()}/S2_{date}_{name}.png", 3)
-        add_mask(f"OmbriaS1/{part}/MASK/S1_mask_{name}.png")
+        add(f"OmbriaS1/{part}/MASK/S1_mask_{name}.png", levels=2)
     for country in ("ALBANIA", "FRANCE", "GUYANA", "TIMOR"):
         for number in (1, 2):
             for date in ("before", "after"):
                 add(f"2021/{country}/Sentinel1/{date.upper()}/im{date}_{number}.png", 1)
                 add(f"2021/{country}/Sentinel2/{date.upper()}/im{date}_{number}.png", 3)
-            add_mask(f"2021/{country}/Sentinel1/MASK/gt_{number}.png")
+            add(f"2021/{country}/Sentinel1/MASK/gt_{number}.png", levels=2)
     return folder, images
-
-
-def convert(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["ombria.py", *map(str, args)])
-    ombria.main()
 
 
 def test_two_trees_that_pack(clone, tmp_path, monkeypatch, capsys):
     folder, images = clone
-    convert(monkeypatch, folder, tmp_path / "out")
+    call(monkeypatch, ombria, folder, tmp_path / "out")
     said = capsys.readouterr().out
     assert "12 places" in said and "GUYANA" in said
     pairs, flood = (data.pack(tmp_path / "out" / name, tmp_path / name, max_bad=0.1) for name in ("pairs", "flood"))
@@ -73,8 +64,8 @@ def test_two_trees_that_pack(clone, tmp_path, monkeypatch, capsys):
 def test_both_dates_and_regions_held_out(clone, tmp_path, monkeypatch):
     folder, _ = clone
     (tmp_path / "regions.csv").write_text("number,region\n" + "".join(f"{k:04},R{k % 2}\n" for k in range(6)))
-    convert(monkeypatch, folder, tmp_path / "out", "--dates", "both", "--regions", tmp_path / "regions.csv",
-            "--test-regions", "R1")
+    call(monkeypatch, ombria, folder, tmp_path / "out", "--dates", "both", "--regions", tmp_path / "regions.csv",
+         "--test-regions", "R1")
     pairs = data.pack(tmp_path / "out/pairs", tmp_path / "pairs", max_bad=0.1)
     assert len(pairs.rows) == 24 and len(pairs.rows_of("train")) == 6  # three places, two dates
     scenes = {split: {pairs.scenes[row].split("/")[-1] for row in pairs.rows_of(split)} for split in ("train", "test")}
@@ -85,17 +76,18 @@ def test_a_clone_that_lacks_parts_and_files(clone, tmp_path, monkeypatch, capsys
     _, images = clone
     for path, image in images.items():
         if path.startswith("Ombria") and not path.endswith(("S2_before_0001.png", "S1_mask_0002.png")):
-            write_png(tmp_path / "clone" / path, image)
+            write_8_bit(tmp_path / "clone" / path, image)
     (tmp_path / "clone/OmbriaS1/train/AFTER/S1_after_0003.png").write_bytes(b"no image")
-    convert(monkeypatch, tmp_path / "clone", tmp_path / "out")
+    call(monkeypatch, ombria, tmp_path / "clone", tmp_path / "out")
     said = capsys.readouterr().out
-    for words in ("2021/FRANCE: not there", "S2_before_0001.png: not there", "S1_mask_0002.png: not there", "0003 after: "):
-        assert words in said
+    for file in ("2021/FRANCE", "S2_before_0001.png", "S1_mask_0002.png"):
+        assert f"{file}: not there" in said
+    assert "0003 after: " in said
     counts = {name: len(list((tmp_path / "out" / name).glob("train/s1/*/*.tif"))) for name in ("pairs", "flood")}
     assert counts == {"pairs": 5, "flood": 4}
 
 
-def test_wrong_input(clone, tmp_path, monkeypatch, capsys):
+def test_what_is_no_clone_or_region_and_a_full_folder_are_refused(clone, tmp_path, monkeypatch, capsys):
     (tmp_path / "regions.csv").write_text("number,region\n0000,R0\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
@@ -104,13 +96,13 @@ def test_wrong_input(clone, tmp_path, monkeypatch, capsys):
                         ("R7: no such region", (clone[0], tmp_path / "out", "--regions", tmp_path / "regions.csv",
                                                 "--test-regions", "R7"))):
         with pytest.raises(SystemExit) as stop:
-            convert(monkeypatch, *args)
+            call(monkeypatch, ombria, *args)
         assert stop.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_real_thing(shared, tmp_path, monkeypatch):
-    convert(monkeypatch, shared / "real/ombria", tmp_path, "--regions", shared / "real/ombria/regions.csv",
-            "--test-regions", "R10")
+def test_the_real_thing_has_484_places_to_train_on_and_210_to_test_on(shared, tmp_path, monkeypatch):
+    call(monkeypatch, ombria, shared / "real/ombria", tmp_path, "--regions", shared / "real/ombria/regions.csv",
+         "--test-regions", "R10")
     counts = {split: len(list((tmp_path / "flood").glob(f"{split}/classes/*/*.tif"))) for split in ("train", "test")}
     assert counts == {"train": 484, "test": 210}

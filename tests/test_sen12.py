@@ -5,9 +5,10 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
-import rasterio
 import sen12
 from conftest import call
+from test_data import read
+from test_ombria import write_8_bit
 
 import data
 
@@ -25,10 +26,8 @@ def folder(tmp_path_factory):
     for name, group, number, fold in PLACES:
         lines.append(f"{name},{number},{group},{fold}")
         for sensor in ("sar", "op"):
-            path = folder / name / f"{sensor}_{number}.jpg"
-            path.parent.mkdir(exist_ok=True)
-            with rasterio.open(path, "w", driver="JPEG", count=1, height=16, width=16, dtype="uint8") as file:
-                file.write(rng.integers(0, 256, (1, 16, 16), dtype=np.uint8))
+            image = rng.integers(0, 256, (1, 16, 16), dtype=np.uint8)
+            write_8_bit(folder / name / f"{sensor}_{number}.jpg", image, "JPEG")
     (folder / "places.csv").write_text("\n".join(lines))
     return folder
 
@@ -38,6 +37,26 @@ def convert_and_pack(monkeypatch, folder, out, *options):
     return data.pack(out / "tree", out / "store")
 
 
+def places_of(folder):
+    with open(folder / "places.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check_tiles(patches, folder, split_of):
+    """All tiles of a folder are in a store, in the split of their fold, with a class if they have a fold."""
+    places = places_of(folder)
+    assert len(places) == len(patches.rows) and not patches.left_out
+    for place in places:
+        split = split_of[place["fold"]]
+        row = patches.ids.index(f"{split}/{place['group']}/{place['class']}_{place['number']}".strip("/"))
+        assert patches.splits[row] == split and patches.scenes[row].split("/")[-1] == place["group"]
+        radar, optical = (read(folder / place["class"] / f"{sensor}_{place['number']}.jpg") for sensor in ("sar", "op"))
+        np.testing.assert_allclose(patches.arrays[0][row] / 100, radar / 255 * 25 - 25, atol=0.006)
+        assert np.array_equal(patches.arrays[1][row], np.maximum(39 * optical.astype(int), 1))
+        code = patches.classes.index(place["class"]) if split else data.IGNORE
+        assert (patches.arrays[2][row] == code).all() and patches.labels[row] == code
+
+
 def groups_of(patches, split):
     return {patches.scenes[row].split("/")[-1] for row in patches.rows_of(split)}
 
@@ -45,19 +64,10 @@ def groups_of(patches, split):
 def test_a_tree_that_packs(folder, tmp_path, monkeypatch):
     patches = convert_and_pack(monkeypatch, folder, tmp_path, "--test-fold", "1")
     assert patches.bands == {"s1": ["VV"], "s2": ["grey"]} and patches.classes == sen12.CLASSES
-    assert not patches.left_out and len(patches.rows) == 42
+    check_tiles(patches, folder, {"": "", "0": "train", "1": "test"})
     assert groups_of(patches, "test") == {str(group) for group in range(11, 30, 2)}
     assert groups_of(patches, "train") == {str(group) for group in range(10, 30, 2)}
     assert groups_of(patches, "") == {"7"}
-    for name, group, number, fold in PLACES:
-        split = {"": "", "0": "train/", "1": "test/"}[fold]
-        row = patches.ids.index(f"{split}{group}/{name}_{number}")
-        with rasterio.open(folder / name / f"sar_{number}.jpg") as radar, \
-                rasterio.open(folder / name / f"op_{number}.jpg") as optical:
-            np.testing.assert_allclose(patches.arrays[0][row] / 100, radar.read() / 255 * 25 - 25, atol=0.006)
-            assert np.array_equal(patches.arrays[1][row], np.maximum(39 * optical.read().astype(int), 1))
-        code = sen12.CLASSES.index(name) if fold else data.IGNORE
-        assert (patches.arrays[2][row] == code).all() and patches.labels[row] == code
 
 
 def test_a_fifth_of_the_training_groups_in_place_of_the_test_fold(folder, tmp_path, monkeypatch):
@@ -89,12 +99,11 @@ def test_what_is_missing_is_said(folder, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def real(shared):
-    """-> the folder, its places."""
+    """-> the folder."""
     folder = shared / "real/sen12"
     if not folder.is_dir():
         pytest.skip("no ../shared/real/sen12 here")
-    with open(folder / "places.csv", newline="") as file:
-        return folder, list(csv.DictReader(file))
+    return folder
 
 
 def groups_by_split(places, *options):
@@ -109,7 +118,7 @@ def groups_by_split(places, *options):
 @pytest.mark.parametrize("fold", "01")
 def test_splits_of_the_real_thing(real, fold):
     """Whole groups, the large ones in neither split; a fifth has every class and nothing of the test fold."""
-    _, places = real
+    places = places_of(real)
     other = str(1 - int(fold))
     tiles = {name: sum(place["fold"] == name for place in places) for name in ("", "0", "1")}
     assert tiles == {"": 1097, "0": 328, "1": 279}
@@ -130,23 +139,11 @@ def test_splits_of_the_real_thing(real, fold):
 
 def test_tiles_of_the_real_thing(real, tmp_path, monkeypatch):
     """Every 20th, read back from the store."""
-    folder, places = real
-    (tmp_path / "some").mkdir()
+    some = tmp_path / "some"
+    some.mkdir()
     for name in sen12.CLASSES:
-        (tmp_path / "some" / name).symlink_to(folder / name)
-    lines = (folder / "places.csv").read_text().splitlines()
-    (tmp_path / "some/places.csv").write_text("\n".join(lines[:1] + lines[1::20]))
-    patches = convert_and_pack(monkeypatch, tmp_path / "some", tmp_path, "--test-fold", "0")
-    assert len(patches.rows) == len(places[::20]) and not patches.left_out
-    by_name = {f"{place['class']}_{place['number']}": place for place in places}
-    for row in patches.rows:
-        name = patches.ids[row].split("/")[-1]
-        place = by_name[name]
-        split = {"": "", "0": "test", "1": "train"}[place["fold"]]
-        assert patches.splits[row] == split and patches.scenes[row].split("/")[-1] == place["group"]
-        code = patches.classes.index(place["class"]) if split else data.IGNORE
-        assert (patches.arrays[2][row] == code).all()
-        with rasterio.open(folder / place["class"] / f"sar_{place['number']}.jpg") as radar, \
-                rasterio.open(folder / place["class"] / f"op_{place['number']}.jpg") as optical:
-            np.testing.assert_allclose(patches.arrays[0][row] / 100, radar.read() / 255 * 25 - 25, atol=0.006)
-            assert np.array_equal(patches.arrays[1][row], np.maximum(39 * optical.read().astype(int), 1))
+        (some / name).symlink_to(real / name)
+    lines = (real / "places.csv").read_text().splitlines()
+    (some / "places.csv").write_text("\n".join(lines[:1] + lines[1::20]))
+    patches = convert_and_pack(monkeypatch, some, tmp_path, "--test-fold", "0")
+    check_tiles(patches, some, {"": "", "0": "test", "1": "train"})
