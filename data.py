@@ -18,6 +18,7 @@ import math
 import os
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,7 +45,7 @@ MISSING = -32768  # S1 of a pixel that is not there; its S2 is 0 in all bands
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
-STORE_FORMAT = 4
+STORE_FORMAT = 5
 SURVEY = 32  # a scene is judged by one of so many lines
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
@@ -114,8 +115,8 @@ class Raster:
     """A patch or scene of Sentinel-1 (`s1`) or Sentinel-2 (`s2`), read by what it says of itself.
 
     bands: names of those to read, in their order; None: the only one. offset: of S2, beside
-    reflectance x 10,000; None: judge() finds it. order: of all bands of a file that names none;
-    None, or that of a product: that of the product of as many. Raises DataError.
+    reflectance x 10,000; None: judge() finds it. order: of all bands of a file that names none,
+    as Patches.stored; None, or a product's: that of the product of as many. Raises DataError.
     """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
@@ -370,6 +371,7 @@ def read_patch(pair, plan):
     s2 = np.rint(np.nan_to_num(images["s2"])).clip(0).astype(np.uint16)
     if not s2.any():
         raise DataError(f"{rasters['s2'].name}: nothing is above the offset")
+    s2[:, ~s2.any(0) & ~np.isnan(images["s2"][0])] = 1  # dark: 0 in all bands would be missing
     return s1, s2, classes_from_codes(codes, plan["codes"]), rasters["s2"].offset
 
 
@@ -378,6 +380,7 @@ def layout(plan):
     count, size = len(plan["ids"]), plan["size"]
     s1, s2 = len(plan["bands"]["s1"]), len(plan["bands"]["s2"])
     record = [("state", "u1"),  # 1: the row is whole; 0: not yet, or bad
+              ("sum", "<u4"),  # CRC-32 of the row in all arrays
               ("offset", "<u2"),  # subtracted from S2
               ("pixels", "<u4", len(plan["classes"]) + 1)]  # per class, the last for 255
     record += [(name, "<f8", s1 + s2) for name in STATISTICS]  # per band, S1's first
@@ -432,13 +435,15 @@ def pack_row(pair, plan, store, arrays, row):
         return str(reason)
     (store / "index.json").unlink(missing_ok=True)  # of a store that did not have this patch
     *images, records = arrays
+    checksum = 0
     for array, image in zip(images, (s1, s2, classes)):  # images: two where none has a class map
         write_row(array, row, image)
+        checksum = zlib.crc32(image, checksum)
     pixels = np.bincount(classes.ravel(), minlength=256)
     pixels = pixels[[*range(len(plan["classes"])), IGNORE]]
     bands = np.transpose(statistics(s1, 100) + statistics(s2, 1))
     for state in (0, 1):  # a power cut between may not leave state 1 with half a record
-        write_row(records, row, np.array((state, offset, pixels, *bands), records.dtype))
+        write_row(records, row, np.array((state, checksum, offset, pixels, *bands), records.dtype))
     return ""
 
 

@@ -48,6 +48,8 @@ CURVES = {"mma": ("o", "#c0392b", (47.5, 59.7, 64.2, 69.0)),
           "early-fusion": ("^", "#1b7837", (34.6, 52.2, 55.1, 62.0)),
           "late-fusion": ("v", "#e08214", (39.8, 50.0, 61.7, 62.0))}
 ORDER = [*TITLES.values(), "Band means and sd"]  # of a table's rows, the poster's first
+# What the rows of a table should share, or else each of them says:
+ALIKE = {"data", "crop", "scale", "label_sampling", "precision"}
 # What a run was made with, beside what linear_eval.py tells of its own:
 OPTIONS = ("epochs", "batch_size", "lr", "classifier_lr", "weight_decay", "drop_epoch")
 STRIP = 256  # px of a map that are made at a time
@@ -102,11 +104,9 @@ def train(model, scaling, patches, rows, task, seed, args, name):
 def is_done(settings, results, path):
     """Whether a run has its result line and, where it is to be kept, its classifier. DataError
     where that file is of a run with other settings."""
-    if path is None:
-        return results.has(settings)
-    if not path.exists():
+    if path and not path.exists():
         return False
-    if models.load_checkpoint(path).get("run") != settings:
+    if path and models.load_checkpoint(path).get("run") != settings:
         raise data.DataError(f"{path}: has other settings: choose another --save")
     return results.has(settings)
 
@@ -133,18 +133,19 @@ def evaluate(args, content):
         labelled = crops[task].any(1)
         scores = linear_eval.score(task, crops[task][labelled], crops["x"][labelled])
         if path:
-            keep(path, model, scaling, settings, scores)
+            keep(path, model, scaling, settings, scores, patches.stored)
         counts = {"train_patches": len(np.unique(chosen)), "train_rows": len(chosen),
                   "test_crops": int(labelled.sum())}
         results.add(settings, scores, counts=counts)
 
 
-def keep(path, model, scaling, settings, scores):
+def keep(path, model, scaling, settings, scores, stored):
     """--save: write a trained classifier with all that a map needs to know, and how good it is."""
     same = {key: settings[key] for key in ("method", "classes", "simulated", "task", "args")}
     same |= {key: settings["args"][key] for key in ("arch", "bands", "crop")}
     scores = {name: float(scores[name]) for name in SCORES}
-    models.save_checkpoint(path, model, **same, **scaling, run=settings, scores=scores)
+    same |= {"run": settings, "stored": stored}  # bands of the files that it learnt from
+    models.save_checkpoint(path, model, **same, **scaling, scores=scores)
 
 
 def row_title(line):
@@ -174,17 +175,18 @@ def settings_of(line):
 
 def table_rows(lines):
     """Result lines -> {row title: lines}, in the poster's order. Runs of one row with different
-    settings become rows of their own, named by what differs."""
+    settings become rows of their own, named by what differs; of ALIKE, from any row."""
     def place(line):
         title = row_title(line)
         return ORDER.index(title.split(",")[0]), title
 
-    rows = {}
+    rows, every = {}, grouped(lines, settings_of)
     for (_, title), group in grouped(sorted(lines, key=place), place).items():
         variants = grouped(group, settings_of)
-        common = frozenset.intersection(*variants)
+        same = {pair for pair in frozenset.intersection(*variants) if pair[0] not in ALIKE}
+        same |= frozenset.intersection(*every)
         for settings, variant in variants.items():
-            differ = ", ".join(" ".join(pair) for pair in sorted(settings - common))
+            differ = ", ".join(" ".join(pair) for pair in sorted(settings - same))
             rows[f"{title} [{differ}]" if differ else title] = variant
     return rows
 
@@ -238,8 +240,8 @@ def probe_table(lines):
             cells = []
             for task, name in itertools.product(HEADINGS, SCORES):
                 cells.append(percent(line[name] for line in tasks[task]))
-            seeds = max(map(len, tasks.values()))
-            rows.append([title, sensors, f"{100 * fraction:g} %", *cells, seeds])
+            seeds = dict.fromkeys(str(len(tasks[task])) for task in HEADINGS if tasks[task])
+            rows.append([title, sensors, f"{100 * fraction:g} %", *cells, "; ".join(seeds)])
     header = ["features", "sensors", "labels", "single average", "OA", "multi average", "O-F1",
               "seeds"]
     return f"### Frozen encoders, linear classifier, %\n\n{markdown(header, rows)}"
@@ -315,7 +317,8 @@ def open_scene(args, content):
         path = getattr(args, sensor)
         if not path:
             raise data.DataError(f"--{sensor}: the classifier needs a GeoTIFF of {bands}")
-        scene[sensor] = data.Raster(path, sensor, bands, args.s2_offset)
+        order = content.get("stored", {}).get(sensor)
+        scene[sensor] = data.Raster(path, sensor, bands, args.s2_offset, order)
     if len(scene) == 2:
         data.refuse_other_grid(scene["s1"].tif, scene["s2"].tif)
     return scene

@@ -424,6 +424,8 @@ def read_options(parser):
     if not args.checkpoint:
         return args, {}
     content = models.load_checkpoint(args.checkpoint)
+    if "epoch" in content and content["epoch"] < content["args"]["epochs"]:
+        print(f"{args.checkpoint}: {content['epoch']} of {content['args']['epochs']} epochs")
     held = {name: content[name] for name in ("method", "arch", "scale")}
     held["bands"] = [*content["bands"]["s1"], *content["bands"]["s2"]]
     # Read once more with the checkpoint's values as defaults: what differs now was typed.
@@ -458,6 +460,8 @@ def open_labelled(args, content):
         raise data.DataError("--label-fraction: above 0 and at most 1")
     if patches.labels is None:
         raise data.DataError(f"{args.data}: no class maps: pack a tree that has them")
+    if "fc" in content:
+        raise data.DataError(f"{args.checkpoint}: has learnt from labels: give a pretraining's")
     train_rows = patches.rows_of(*data.TRAINED_ON)
     test_rows = patches.rows_of("test")
     labelled = patches.labels != data.IGNORE

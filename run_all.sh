@@ -82,9 +82,9 @@ if [ -z "$sen12ms" ]; then
     --dfc-train 96 --dfc-test 96
   sen12ms=$out/trees/sen12ms dfc2020=$out/trees/dfc2020
 fi
-for name in sen12ms dfc2020; do  # a tree is packed once; a store is taken as it is
+for name in sen12ms dfc2020; do  # a tree is packed once (another one is refused); a store is taken as it is
   if [ ! -e "${!name}/index.json" ]; then
-    [ -e "$out/$name/index.json" ] || python data.py pack "${!name}" "$out/$name"
+    python data.py pack "${!name}" "$out/$name"
     printf -v "$name" %s "$out/$name"
   fi
 done

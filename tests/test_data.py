@@ -979,6 +979,19 @@ def test_band_10_of_landsat_is_not_cirrus(tmp_path, rng):
     assert raster.values().min() >= 1500 and raster.offset == 0
 
 
+def test_dark_water_below_the_offset_is_not_missing(tmp_path, rng):
+    """It is 1, since 0 in all bands would be."""
+    s2 = rng.integers(1100, 3000, (3, 12, 10)).astype(np.uint16)
+    s2[:, :4], s2[:, 5], s2[:2, 6] = 990, 0, 1000
+    for sensor, image in (("s1", clean(rng)[0]), ("s2", s2)):
+        write_tif(tmp_path / f"t/{sensor}/a.tif", image)
+    (tmp_path / "t/legend.json").write_text('{"s2": ["B8", "B11", "B12"]}')
+    patches = data.pack(tmp_path / "t", tmp_path / "store", s2_offset=1000)
+    expected = s2.clip(1000) - 1000
+    expected[:, :4] = 1
+    assert np.array_equal(patches.arrays[1][0], expected) and (patches.records["count"][0, 2:] == 110).all()
+
+
 @pytest.mark.parametrize("first", range(3))
 def test_size_and_bands_are_those_that_most_have(first, tmp_path, rng):
     written = list(write_tree(tmp_path / "t", rng, 8, (16, 16), "plain").items())

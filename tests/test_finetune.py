@@ -202,13 +202,26 @@ def test_report_of_simulated_data_says_so_and_compares_with_nothing(tmp_path, mo
 
 
 def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
-    others = [result_line(0.6, args={"lr": 1e-4}), result_line(0.7, args={"crop": 64}),
+    others = [result_line(0.6, args={"lr": 1e-4}), result_line(0.7, args={"weight_decay": 64}),
               result_line(0.8, args={"bands": {"s1": ["VV"], "s2": ["B3"]}})]
     text = report_of(monkeypatch, tmp_path, [result_line(0.5), *others])
     assert "| D-SimCLR [bands VV B2, lr 1e-05] | 50 " in text
     assert "| D-SimCLR [bands VV B2, lr 0.0001] | 60 " in text
-    assert "| D-SimCLR [bands VV B2, crop 64, lr 1e-05] | 70 " in text
+    assert "| D-SimCLR [bands VV B2, lr 1e-05, weight_decay 64] | 70 " in text
     assert "| D-SimCLR [bands VV B3, lr 1e-05] | 80 " in text
+
+
+def test_rows_of_a_table_that_differ_in_crop_scale_or_data_say_so(tmp_path, monkeypatch):
+    lines = [result_line(0.5, args={"crop": 24, "scale": "fixed"}), result_line(0.6, method="mma", args={"crop": 32, "scale": "fixed"}),
+             result_line(0.7, **LINEAR, args={"scale": "fixed"}), result_line(0.4, **LINEAR, method="mma", data="e", args={"scale": "fixed"})]
+    text = report_of(monkeypatch, tmp_path, lines)
+    assert "| D-SimCLR [crop 24] | 50 " in text and "| MMA [crop 32] | 60 " in text
+    assert "| D-SimCLR [data d] | both | 100 % | 70 " in text and "| MMA [data e] | both | 100 % | 40 " in text
+
+
+def test_a_probe_table_tells_the_seeds_of_either_task(tmp_path, monkeypatch):
+    lines = [result_line(0.5, seed=seed, **LINEAR) for seed in range(3)] + [result_line(0.5, task="multi", **LINEAR)]
+    assert "| D-SimCLR | both | 100 % | 50 ± 0 | 50 ± 0 | 50 | 50 | 3; 1 |" in report_of(monkeypatch, tmp_path, lines)
 
 
 def test_classes_of_ones_own_have_their_own_tables_and_no_poster(tmp_path, monkeypatch):

@@ -604,13 +604,27 @@ def test_crops_have_their_own_labels_among_many_classes(tmp_path):
     ("--baseline random --bands VH --data {flood}", "d-simclr needs bands of s2"),
     ("--baseline random --method only-s2 --sensors s1 --crop 32", "--sensors s1"),
     ("--baseline random --data {checkpoint.parent}", "pack"),
+    ("--checkpoint {classifier}", "only-s1.pt: has learnt from labels"),
 ])
 def test_a_checkpoint_or_data_that_do_not_fit_are_one_line(tmp_path, labelled, pairs, flood, checkpoint, monkeypatch,
                                                            options, message):
-    filled = [option.format(checkpoint=checkpoint, pairs=pairs, flood=flood) for option in options.split()]
+    content = models.load_checkpoint(checkpoint)
+    classifier = tmp_path / "only-s1.pt"
+    models.save_checkpoint(classifier, models.Classifier(models.make_encoders("only-s1", content["bands"])),
+                           **{**content, "method": "only-s1"})
+    filled = [option.format(checkpoint=checkpoint, pairs=pairs, flood=flood, classifier=classifier)
+              for option in options.split()]
     with pytest.raises((models.CheckpointError, data.DataError), match=message) as raised:
         call(monkeypatch, linear_eval, "--data", labelled, "--results", tmp_path, *filled)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("epoch", [0, 3, 4])
+def test_a_pretraining_that_is_not_at_its_end_is_said(epoch, tmp_path, pairs, monkeypatch, capsys):
+    path = save_untrained(tmp_path / "last.pt", data.Patches(pairs), epoch=epoch, args={"epochs": 4, "crop": 32})
+    monkeypatch.setattr("sys.argv", ["x", "--checkpoint", str(path)])
+    linear_eval.read_options(linear_eval.evaluation_parser(""))
+    assert capsys.readouterr().out == ("" if epoch == 4 else f"{path}: {epoch} of 4 epochs\n")
 
 
 def test_a_split_and_a_checkpoint_that_are_not_there(tmp_path, labelled, monkeypatch):

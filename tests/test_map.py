@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -403,6 +404,15 @@ def test_killed_in_the_middle_there_is_no_map(tmp_path):
 
 # ------------------------------------------------------------------------------------ kept classifiers
 
+@pytest.mark.parametrize("stored, numbers", [(["B2", "B3", "B4"], [3, 2, 1]), (["B3", "B4", "B2"], [2, 1, 3]), (data.L2A_BANDS, [1, 2, 3])])
+def test_a_scene_without_names_has_the_bands_of_the_files_that_were_learnt_from(stored, numbers, tmp_path):
+    """Where a legend named these; else those that the classifier takes."""
+    write_scene(tmp_path, bands={"s1": data.S1_BANDS, "s2": ["B2", "B3", "B4"]})
+    content = {"method": "only-s2", "bands": {"s1": [], "s2": ["B4", "B3", "B2"]}, "stored": {"s1": data.S1_BANDS, "s2": stored}}
+    scene = finetune.open_scene(SimpleNamespace(s2=tmp_path / "S2.tif", s2_offset=None), content)
+    assert scene["s2"].numbers == numbers
+
+
 def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, monkeypatch):
     options = ("--method", "early-fusion", "--task", "single", "multi", "--scale", "standard",
                "--precision", "float32", "--save", tmp_path / "kept")
@@ -416,7 +426,7 @@ def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, mo
         model, scaling, names = models.load_classifier(path)
         content = models.load_checkpoint(path)
         assert not model.training and names == line["classes"] and content["task"] == line["task"]
-        assert content["crop"] == 32 and content["simulated"]
+        assert content["crop"] == 32 and content["simulated"] and content["stored"] == patches.stored
         assert content["scores"]["average"] == pytest.approx(line["average"], abs=1e-5)
         crops = data.grid_crops(rows, patches.size, 32, 16)
         s1, s2, *_ = next(iter(data.loader(patches, crops, 32)))

@@ -202,6 +202,17 @@ def test_bytes_do_not_depend_on_threads(tree, packed, tmp_path, threads):
     assert contents(tmp_path / "store") == packed
 
 
+def one_pixel(image):
+    image = image.copy()
+    image.flat[35] = 1 + image.flat[35] % 2 if image.dtype == np.uint8 else image.flat[35] - 1
+    return image
+
+
+def turned(image):
+    """Upside down: no statistic changes."""
+    return image[:, ::-1]
+
+
 def test_identity(few, tmp_path):
     """The same wherever a tree and its store lie and however it was packed; another where one pixel
     or the meaning of a band or class is another."""
@@ -211,20 +222,21 @@ def test_identity(few, tmp_path):
     shutil.copytree(few.store, tmp_path / "copy")
     again = data.pack(tmp_path / "tree", tmp_path / "store", 1, max_bad=0.5)
     assert again.identity == data.Patches(tmp_path / "copy", ["B4", "VV"]).identity == first
-    seen, changes = {first}, {"s1": lambda db: db - 0.01, "s2": lambda s2: s2 + 1, "dfc": lambda code: 1 + code % 2}
-    for sensor, change in changes.items():
+    seen, sensors = {first}, ("s1", "s2", "dfc")
+    for sensor, change in itertools.product(sensors, (one_pixel, turned)):
         path = few.written[again.ids[again.rows[-1]]][sensor]
         copy = tmp_path / "tree" / path.relative_to(few.tree)
-        rewrite(lambda a, change=change: np.where(np.arange(a.size).reshape(a.shape) == 35, change(a), a))(copy)
-        other = data.pack(tmp_path / "tree", tmp_path / sensor, max_bad=0.5)
-        assert [(a != b).sum() for a, b in zip(other.arrays, again.arrays)] == [
-            int(sensor == name) for name in changes]
+        rewrite(change)(copy)
+        other = data.pack(tmp_path / "tree", tmp_path / f"{sensor} {change.__name__}", max_bad=0.5)
+        differ = [(a != b).sum() for a, b in zip(other.arrays, again.arrays)]
+        assert [name for name, count in zip(sensors, differ) if count] == [sensor]
+        assert change is turned or sum(differ) == 1
         seen.add(other.identity)
         shutil.copy(path, copy)
     for legend in ({"s1": ["VH", "VV"]}, {"classes": {"1": "a", "2": "b"}}, {"classes": {"1": "a", "2": "c"}}):
         (tmp_path / "tree/legend.json").write_text(json.dumps(legend))
         seen.add(data.pack(tmp_path / "tree", tmp_path / str(legend), max_bad=0.5).identity)
-    assert len(seen) == 7
+    assert len(seen) == 10
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -60,6 +60,17 @@ def test_every_job_runs_once_and_the_pretrainings_come_first(start, tmp_path, gp
     assert seen <= {*map(str, range(gpus))} if gpus else seen == {""}
 
 
+def test_a_tree_is_packed_at_every_start_so_that_another_one_is_refused(start, tmp_path):
+    for name in ("sen12ms", "dfc2020"):
+        (tmp_path / name / "index.json").unlink()
+        (tmp_path / "out" / name).mkdir(parents=True)
+        (tmp_path / "out" / name / "index.json").touch()
+    start(1).communicate(timeout=60)
+    began = (tmp_path / "began").read_text()
+    for name in ("sen12ms", "dfc2020"):
+        assert f"data.py pack {tmp_path}/{name} {tmp_path}/out/{name}\n" in began
+
+
 def test_a_job_that_fails_alone_says_so_itself(start):
     job = start(1, "mma")
     _, err = job.communicate(timeout=30)
