@@ -495,9 +495,8 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     1,000 where B10 shows it. Raises DataError, and OSError where the disk does not allow it."""
     store, pairs = Path(store), find_pairs(tree)
     plan = make_plan(tree, pairs, s2_offset)
-    other = DataError(f"{store}: holds other files, or was packed from another tree or with other "
-                      "options, or by an earlier version, whose stores can be used as they are: "
-                      "choose another folder, or remove it")
+    other = DataError(f"{store}: holds other files, or was packed from another tree, with other "
+                      "options or by another version: choose another folder, or remove it")
     store.mkdir(parents=True, exist_ok=True)
     packing, text = store / "packing.json", json.dumps(plan) + "\n"
     if any(store.iterdir()) and not packing.exists():

@@ -37,9 +37,9 @@ else
   # Small crops, and higher learning rates than published, so that some hundred steps are enough.
   scale=(--scale standard)
   common=(--batch-size 64 --holdout 0.2 --eval-every 5 --threads 1)
-  d_simclr=("${common[@]}" --crop 32 --lr 1e-3 --epochs 15 --constant-epochs 8)
-  mma=("${common[@]}" --crop 16 --lr 3e-4 --epochs 12 --constant-epochs 6)
-  simclr_rgb=("${common[@]}" --crop 32 --lr 1e-3 --epochs 10 --constant-epochs 5)
+  d_simclr=("${common[@]}" --crop 32 --lr 1e-3 --epochs 12 --constant-epochs 6)
+  mma=("${common[@]}" --crop 16 --lr 3e-4 --epochs 10 --constant-epochs 5)
+  simclr_rgb=("${common[@]}" --crop 32 --lr 1e-3 --epochs 8 --constant-epochs 4)
   probe=(--crop 32 --threads 1)
   finetune=("${probe[@]}" --epochs 8 --drop-epoch 6 --batch-size 32 --lr 1e-3 --classifier-lr 1e-2)
 fi

@@ -333,7 +333,7 @@ def test_a_finished_store_whose_plan_is_damaged_is_left_alone(few, tmp_path):
         shutil.copytree(few.store, store)
         damage(store / "packing.json")
         whole = {name: content for name, content in contents(store).items() if name != "packing.json"}
-        with pytest.raises(data.DataError, match="or by an earlier version, whose stores can be used as they are"):
+        with pytest.raises(data.DataError, match="options or by another version: choose another folder"):
             data.pack(few.tree, store, max_bad=0.5)
         assert contents(store).items() >= whole.items()
         shutil.rmtree(store)
