@@ -176,7 +176,8 @@ class Raster:
             unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
         else:
             unit = "reflectance x 10,000"
-            plausible = 0 <= low and 2 < high <= 65_535 and (tagged or not added)
+            # The mean, since a glint alone lifts reflectance that is not x 10,000 above 2.
+            plausible = 0 <= low and 2 < seen.mean() and high <= 65_535 and (tagged or not added)
         stretched_or_complex = seen.dtype == np.uint8 or seen.dtype.kind == "c"
         if stretched_or_complex or not plausible:
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "

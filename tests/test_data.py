@@ -684,6 +684,7 @@ UNITS = {  # sensor, what the file holds, words of the refusal or None
     "int32": ("s2", lambda s1, s2: s2.astype(np.int32), None),
     "dark": ("s2", lambda s1, s2: s2 // 100 + 1, None),
     "0 to 1": ("s2", lambda s1, s2: s2 / np.float32(10_000), "is not reflectance x 10,000"),
+    "0 to 1, one glint": ("s2", lambda s1, s2: np.where(s2 == s2.max(), np.float32(2.4), s2 / np.float32(10_000)), "2.4, float32, is not"),
     "0 to 1, double": ("s2", lambda s1, s2: s2 / 10_000, "is not reflectance x 10,000"),
     "S2 8 bit": ("s2", lambda s1, s2: (s2 // 47).astype(np.uint8), "uint8, is not reflectance x 10,000"),
     "S2 complex": ("s2", lambda s1, s2: s2 * np.complex64(1 + 1j), "complex64"),
