@@ -217,10 +217,10 @@ class Raster:
         if window and not self.judged:
             self.judge(*self.survey())
         # Not one of those lines may have a pixel that is there, or -9999 without a tag.
-        lowest = np.min(image, where=there, initial=0)
-        if not self.judged or lowest < -100:
+        if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)
-        image = image.astype(np.float32) - (self.offset or 0)
+        image = image.astype(np.float32)
+        image -= self.offset or 0
         image[:, ~there] = np.nan
         return image
 
@@ -368,12 +368,16 @@ def read_patch(pair, plan):
         images[sensor] = raster.values()
         if np.isnan(images[sensor][0]).mean() > 0.5:
             raise DataError(f"{raster.name}: more than half of it is missing")
-    s1 = np.rint(np.nan_to_num(images["s1"] * 100, nan=MISSING)).astype(np.int16)
-    s2 = np.rint(np.nan_to_num(images["s2"])).clip(0).astype(np.uint16)
+    s1, s2 = images["s1"] * 100, images["s2"]
+    s1[:, np.isnan(s1[0])] = MISSING
+    there = ~np.isnan(s2[0])
+    s2[:, ~there] = 0
+    s1, s2 = np.rint(s1).astype(np.int16), np.rint(s2).astype(np.int32).clip(0)
     if not s2.any():
         raise DataError(f"{rasters['s2'].name}: nothing is above the offset")
-    s2[:, ~s2.any(0) & ~np.isnan(images["s2"][0])] = 1  # dark: 0 in all bands would be missing
-    return s1, s2, classes_from_codes(codes, plan["codes"]), rasters["s2"].offset
+    s2[:, there & ~s2.any(0)] = 1  # dark, since 0 in all bands is missing
+    classes = classes_from_codes(codes, plan["codes"])
+    return s1, s2.astype(np.uint16), classes, rasters["s2"].offset
 
 
 def layout(plan):
@@ -472,6 +476,7 @@ def fill(store, pairs, plan, threads, max_bad):
     if len(rows) < len(pairs):
         print(f"{store}: {len(pairs) - len(rows)} of {len(pairs)} patches were packed before; "
               "remove it to pack files that have changed since")
+    threads = threads or min(2 * len(os.sched_getaffinity(0)), 16)  # half of them wait for the disk
     work = ahead(lambda row: pack_row(pairs[row], plan, store, arrays, row), rows, threads)
     with contextlib.closing(work):  # no thread writes after an error
         for row, reason in tqdm(zip(rows, work), "packing", len(rows), unit="patch"):
@@ -714,7 +719,7 @@ def main():
     add = commands.add_parser("pack").add_argument
     add("tree")
     add("store")
-    add("--threads", type=positive, help="that read (default: one per core, at most 8)")
+    add("--threads", type=positive, help="that read (default: two per core, at most 16)")
     add("--max-bad", type=float, default=0.01, help="share that may be bad (default %(default)s)")
     add("--s2-offset", type=int, choices=(0, 1000), help="default: 1000 where B10 shows it")
     commands.add_parser("check").add_argument("store")

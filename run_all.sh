@@ -41,7 +41,7 @@ else
   mma=("${common[@]}" --crop 16 --lr 3e-4 --epochs 10 --constant-epochs 5)
   simclr_rgb=("${common[@]}" --crop 32 --lr 1e-3 --epochs 8 --constant-epochs 4)
   probe=(--crop 32 --threads 1)
-  finetune=("${probe[@]}" --epochs 8 --drop-epoch 6 --batch-size 32 --lr 1e-3 --classifier-lr 1e-2)
+  finetune=("${probe[@]}" --epochs 4 --drop-epoch 3 --batch-size 32 --lr 1e-3 --classifier-lr 1e-2)
 fi
 mkdir -p "$out"
 
@@ -79,7 +79,7 @@ run_jobs() {
 
 if [ -z "$sen12ms" ]; then
   [ -e "$out/dfc2020/index.json" ] || python tests/simulate.py "$out/trees" --size 48 --scenes 16 --patches 40 \
-    --dfc-train 96 --dfc-test 96
+    --dfc-train 96 --dfc-test 64
   sen12ms=$out/trees/sen12ms dfc2020=$out/trees/dfc2020
 fi
 for name in sen12ms dfc2020; do  # a tree is packed once (another one is refused); a store is taken as it is
