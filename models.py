@@ -306,8 +306,8 @@ def retrieval(similarity):
 # A checkpoint is a dict: format, method, arch, bands {"s1", "s2": names in order}, classes (names),
 # scale, stats {"s1", "s2": {"mean", "std"}}, simulated, args, encoders and heads {"s1", "s2":
 # state_dict}, versions; from pretrain.py also epoch, step, optimizer, random, retrieval, data; a
-# classifier of finetune.py has no heads but fc (state_dict), task, crop, run and scores. No pickle
-# in a file is ever executed.
+# classifier of finetune.py has no heads but fc (state_dict), task, crop, run, scores and stored
+# (bands of its store). No pickle in a file is ever executed.
 
 # What the weights released with the paper do not say.
 RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "classes": CLASSES,

@@ -210,7 +210,7 @@ def data_path():
         row("the same, two threads", again[2, all_crops], "two threads of bare loops", again[2, bare_loop], "0.85"),
         row("loader, one thread, new memory (CPU)", fresh[1, all_crops], "bare loop, the same", fresh[1, bare_loop], ""),
         row("the same, two threads", fresh[2, all_crops], "two threads of bare loops", fresh[2, bare_loop], ""),
-        row("packing, two threads", whole["pack"], "reading and judging alone", whole["read"], "0.8"),
+        row("packing, two threads", whole["pack"], "reading and judging alone", whole["read"], "0.7"),
         row("memory of packing 2,000 patches", many, "200 patches", few, "within 50 MB", " MB"),
         ("180,662 patches: open, first batch of 200", f"{opening:.2f} s", "", "", "", "1 s"),
         row(f"pretrain.py, readers beside it ({', '.join(rounds)})", script, "bare step", bare, "0.95")])
