@@ -37,9 +37,9 @@ else
   # Small crops, and higher learning rates than published, so that some hundred steps are enough.
   scale=(--scale standard)
   common=(--batch-size 64 --holdout 0.2 --eval-every 5 --threads 1)
-  d_simclr=("${common[@]}" --crop 32 --lr 1e-3 --epochs 12 --constant-epochs 6)
-  mma=("${common[@]}" --crop 16 --lr 3e-4 --epochs 10 --constant-epochs 5)
-  simclr_rgb=("${common[@]}" --crop 32 --lr 1e-3 --epochs 8 --constant-epochs 4)
+  d_simclr=("${common[@]}" --crop 32 --lr 1e-3 --epochs 10 --constant-epochs 5)
+  mma=("${common[@]}" --crop 16 --lr 3e-4 --epochs 8 --constant-epochs 4)
+  simclr_rgb=("${common[@]}" --crop 32 --lr 1e-3 --epochs 6 --constant-epochs 3)
   probe=(--crop 32 --threads 1)
   finetune=("${probe[@]}" --epochs 4 --drop-epoch 3 --batch-size 32 --lr 1e-3 --classifier-lr 1e-2)
 fi
@@ -79,7 +79,7 @@ run_jobs() {
 
 if [ -z "$sen12ms" ]; then
   [ -e "$out/dfc2020/index.json" ] || python tests/simulate.py "$out/trees" --size 48 --scenes 16 --patches 40 \
-    --dfc-train 96 --dfc-test 64
+    --dfc-train 64 --dfc-test 48
   sen12ms=$out/trees/sen12ms dfc2020=$out/trees/dfc2020
 fi
 for name in sen12ms dfc2020; do  # a tree is packed once (another one is refused); a store is taken as it is
