@@ -127,9 +127,9 @@ class Raster:
             self.tif = rasterio.open(path)  # closed when nobody holds the Raster any more
         if not bands and self.tif.count > 1:
             raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
-        products = [S1_BANDS, S2_BANDS, L2A_BANDS, bands]
-        if order and order not in products[:3]:  # a legend says what a file of this tree holds
-            products = [order]
+        products = [S1_BANDS, S2_BANDS, L2A_BANDS]
+        if order not in products:  # a legend says what a file of its tree holds
+            products = [order] if order else [*products, bands]
         self.numbers = self.find_bands(products) if bands else [1]
 
     def find_bands(self, products):
@@ -139,6 +139,7 @@ class Raster:
         names = [band_name(text) for text in texts]
         if not any(names) and self.tif.driver == "VRT":
             names = [band_of_file(self.tif, number) for number in self.tif.indexes]
+        self.named = any(names)
         for product in products:
             if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
                 names = [band_name(band) for band in product]
@@ -164,42 +165,53 @@ class Raster:
         return image, there
 
     def judge(self, image, there):
-        """DataError for what is not in its unit; else set self.offset, that of S2, to 1,000 where
-        cirrus or a tag shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
+        """DataError for what is not in its unit; else set self.offset, that of S2, as a tag of the
+        file or cirrus shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
         if not there.any():
             return
         seen = image.reshape(len(image), -1) if there.all() else image[:, there]
         low, high = seen.min(), seen.max()
-        scale, added = self.tif.scales[0], self.tif.offsets[0]
-        tagged = scale == 1e-4 and added == -0.1  # value * scale + added is the reflectance
+        tag = self.tif.scales[0], self.tif.offsets[0]  # value * scale + offset is the reflectance
+        tagged = {(1e-4, 0): 0, (1e-4, -0.1): 1000}.get(tag)
         if self.sensor == "s1":
             unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
         else:
             unit = "reflectance x 10,000"
             # The mean, since a glint alone lifts reflectance that is not x 10,000 above 2.
-            plausible = 0 <= low and 2 < seen.mean() and high <= 65_535 and (tagged or not added)
+            plausible = 0 <= low and 2 < seen.mean() and high <= 65_535
+            plausible = plausible and (tagged is not None or tag[1] == 0)
         stretched_or_complex = seen.dtype == np.uint8 or seen.dtype.kind == "c"
         if stretched_or_complex or not plausible:
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
                             "it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
         if self.offset is None:
-            cirrus = np.zeros(0)
-            if "B10" in self.bands:
-                cirrus = seen[self.bands.index("B10")]
-            elif self.tif.count > len(self.bands):
-                cirrus = self.cirrus()
+            self.offset = tagged
+        if self.offset is None:
+            cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else self.cirrus()
             cirrus = cirrus[cirrus > 0]  # 0 tells nothing: its edge is not that of other bands
-            shifted = cirrus.size > 0 and cirrus.min() >= 1000
-            self.offset = 1000 if tagged or shifted else 0
+            self.offset = 1000 if cirrus.size and cirrus.min() >= 1000 else 0
+
+    def doubt(self, image, there):
+        """Say what is odd about a whole scene; DataError where VH is the brighter all over it and
+        no name says that it is VH: SNAP writes VH first, under names that GDAL does not see."""
+        if self.sensor == "s2" and image.max() <= 255:
+            print(f"{self.name}: S2 is never above 255: is it reflectance x 10,000?")
+        if self.named or not {*S1_BANDS} <= {*self.bands} or not there.any():
+            return
+        vv, vh = (image[self.bands.index(band), there].mean() for band in S1_BANDS)
+        if vh > vv:
+            raise DataError(f"{self.name}: by position VH is brighter than VV: are they swapped? "
+                            f"rasterio.open({self.tif.name!r}, 'r+').descriptions = 'VH', 'VV'")
 
     def cirrus(self):
-        """B10 of lines all over a file that has it without being asked for it; nothing of others.
-        B8A must be there, too: Landsat's B10 is heat."""
+        """B10 of lines all over a file that has it without being asked for it. B8A must be there,
+        too: Landsat's B10 is heat."""
         try:
-            raster = Raster(self.tif.name, "s2", ["B8A", "B10"], 0)
+            raster = Raster(self.tif.name, "s2", ["B8A", "B10"], 0, S2_BANDS)
         except DataError:
-            return np.zeros(0)
+            raise DataError(f"{self.name}: without B10 it cannot be told whether 1,000 was added, "
+                            "as since 2022: say it with --s2-offset 0 or 1000") from None
         image, there = raster.survey()  # a band that cannot be read is said
         return image[1, there]
 
@@ -215,7 +227,9 @@ class Raster:
         models.to_input() takes it. window: of a scene, which is judged by lines all over it."""
         image, there = self.read(window)
         if window and not self.judged:
-            self.judge(*self.survey())
+            lines, seen = self.survey()
+            self.judge(lines, seen)
+            self.doubt(lines, seen)
         # Not one of those lines may have a pixel that is there, or -9999 without a tag.
         if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)
@@ -364,6 +378,9 @@ def read_patch(pair, plan):
         if sensor == "classes":
             (codes,), there = raster.read()
             codes = np.where(there | (codes == 0), codes, -1)  # 0 is a code as others are
+            if plan["codes"] == DFC_CODES and np.any((codes > 10) & (codes != IGNORE)):
+                raise DataError(f"{raster.name}: holds codes above 10, which are not DFC2020's: "
+                                "name the classes in legend.json, see README")
             break
         images[sensor] = raster.values()
         if np.isnan(images[sensor][0]).mean() > 0.5:
@@ -498,7 +515,7 @@ def fill(store, pairs, plan, threads, max_bad):
 def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     """Write the good patches of a tree to a store -> its Patches. Killed and started again, it goes
     on from what is done and ends in the same bytes. s2_offset: what to subtract from S2; None:
-    1,000 where B10 shows it. Raises DataError, and OSError where the disk does not allow it."""
+    as B10 or a tag shows. Raises DataError, and OSError where the disk does not allow it."""
     store, pairs = Path(store), find_pairs(tree)
     plan = make_plan(tree, pairs, s2_offset)
     other = DataError(f"{store}: holds other files, or was packed from another tree, with other "
@@ -698,9 +715,8 @@ def check(patches):
         print("S2 is never above 255: is it reflectance x 10,000?")
     if {"VV", "VH"} <= {*bands} and means[bands.index("VH")] > means[bands.index("VV")]:
         print("are VV and VH swapped? VH is the brighter: name the bands in the files")
-    asked = "" if "B10" in bands else " (of files without B10 it cannot be told: see --s2-offset)"
     offsets = np.count_nonzero(records["offset"])
-    print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}{asked}")
+    print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}")
 
     first, twins = {}, []
     for row, mean in zip(patches.rows, records["mean"]):
@@ -721,7 +737,7 @@ def main():
     add("store")
     add("--threads", type=positive, help="that read (default: two per core, at most 16)")
     add("--max-bad", type=float, default=0.01, help="share that may be bad (default %(default)s)")
-    add("--s2-offset", type=int, choices=(0, 1000), help="default: 1000 where B10 shows it")
+    add("--s2-offset", type=int, choices=(0, 1000), help="default: as B10 or a tag shows")
     commands.add_parser("check").add_argument("store")
     args = vars(parser.parse_args())
     command = args.pop("command")

@@ -274,7 +274,7 @@ def report_part(axis, lines, classes, simulated):
     """Draw the figure of all results with these classes -> their three tables."""
     published = classes == tuple(data.CLASSES)
     beside_poster = published and not simulated
-    title = "DFC2020" if published else ", ".join(classes)
+    title = "Classes of DFC2020" if published else ", ".join(classes)
     note = ", beside the poster (Scheibenreif, Mommert, Borth 2022)" if beside_poster else ""
     probed = [line for line in lines if line["protocol"] == "linear"]
     trained = [line for line in lines if line["protocol"] != "linear"]
@@ -477,7 +477,7 @@ def main():
     add("--s1", help="GeoTIFF in dB")
     add("--s2", help="GeoTIFF of reflectance x 10,000, on the same grid")
     add("--step", type=data.positive, help="px between windows (default: half the crop)")
-    add("--s2-offset", type=int, choices=(0, 1000), help="default: 1000 where B10 shows it")
+    add("--s2-offset", type=int, choices=(0, 1000), help="default: as B10 or a tag shows")
     # As in the released code:
     add("--epochs", type=data.positive, default=200)
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")

@@ -96,7 +96,7 @@ class Results:
     def read(self):
         lines = []
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        for line in text.splitlines():
+        for line in dict.fromkeys(text.splitlines()):  # once, though files were joined by `cat`
             with contextlib.suppress(ValueError):  # empty, cut off by a kill, NULs by a power cut
                 lines.append(json.loads(line))
         return lines

@@ -38,6 +38,8 @@ def write(path, array):
     with rasterio.open(path, "w", driver="GTiff", count=len(array), height=array.shape[1],
                        width=array.shape[2], dtype=array.dtype, compress="deflate") as file:
         file.write(array)
+        if array.dtype == np.uint16:
+            file.scales = [1e-4] * len(array)  # reflectance x 10,000, nothing added
 
 
 def write_pair(folder, name, radar, optical, classes=None):

@@ -51,8 +51,8 @@ OF_CODE[[1, 2, 4, 5, 6, 7, 9, 10]] = range(8)
 GRID = rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)
 
 
-def write_tif(path, array, names=None, mask=None, **profile):
-    """names: of the bands. mask: where there is data."""
+def write_tif(path, array, names=None, mask=None, scale=None, **profile):
+    """names: of the bands. mask: where there is data. scale: of all bands, as a tag."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"driver": "GTiff", "count": len(array), "height": array.shape[1], "width": array.shape[2],
                 "dtype": array.dtype, "transform": GRID, **profile}
@@ -62,6 +62,8 @@ def write_tif(path, array, names=None, mask=None, **profile):
             tif.descriptions = names
         if mask is not None:
             tif.write_mask(mask)
+        if scale:
+            tif.scales = [scale] * len(array)
     return path
 
 
@@ -79,11 +81,12 @@ def write_tree(tree, rng, count=12, size=(16, 16), layout="dfc release", bands=(
         images = {"s1": rng.normal(-12, 5, (bands[0], *size)).astype(np.float32),
                   "s2": rng.integers(1, 12_000, (bands[1], *size)).astype(np.uint16)}
         if labels:
-            layers = rng.integers(0, 12, (4 if codes == "lc" else 1, size[0] // 4, size[1]))
+            layers = rng.integers(0, 11, (4 if codes == "lc" else 1, size[0] // 4, size[1]))
             images[codes] = np.resize(layers.repeat(4, 1), (len(layers), *size)).astype(np.uint8)
         files = {sensor: Path(tree) / form.format(s=sensor, **place) for sensor in images}
         for sensor, image in images.items():
-            write_tif(files[sensor], image)
+            told = sensor == "s2" and len(image) != 13  # without B10 a tag says that nothing was added
+            write_tif(files[sensor], image, scale=1e-4 if told else None)
         written[name.format(**place)] = files
     return dict(sorted(written.items()))
 
@@ -432,14 +435,21 @@ def test_offset_of_real_pairs_is_found_and_removed(shared, name, tmp_path, monke
             assert all(map(torch.equal, once, stored))
 
 
-def test_offset_of_data_without_cirrus_is_as_told(tmp_path, rng):
-    for path in (files["s2"] for files in write_tree(tmp_path / "t", rng, 4, bands=(2, 12)).values()):
+def test_offset_of_data_without_cirrus_is_asked_for(tmp_path, rng):
+    paths = [files["s2"] for files in write_tree(tmp_path / "t", rng, 4, bands=(2, 12)).values()]
+    for path in paths:
         rewrite(lambda a: a + 1000)(path)
-    packed = {offset: data.pack(tmp_path / "t", tmp_path / str(offset), s2_offset=offset)
-              for offset in (None, 0, 1000)}
-    assert (packed[None].records == packed[0].records).all()
+    words = r"\d.tif: without B10 it cannot be told whether 1,000 was added, .*--s2-offset 0 or 1000"
+    with pytest.raises(data.DataError, match=words):
+        data.pack(tmp_path / "t", tmp_path / "asked")
+    with pytest.raises(data.DataError, match=words):
+        data.Raster(paths[0], "s2", ["B4", "B3"]).values()
+    packed = {offset: data.pack(tmp_path / "t", tmp_path / str(offset), s2_offset=offset) for offset in (0, 1000)}
     assert (packed[0].arrays[1] - 1000 == packed[1000].arrays[1]).all()
     assert (packed[1000].records["offset"] == 1000).all() and not packed[0].records["offset"].any()
+    for path in paths:  # a file that says that nothing was added
+        write_tif(path, read(path), scale=1e-4)
+    assert (data.pack(tmp_path / "t", tmp_path / "told").records == packed[0].records).all()
 
 
 def test_one_pixel_of_cirrus_below_1000_and_there_is_no_offset(tmp_path, rng):
@@ -457,6 +467,7 @@ def test_one_pixel_of_cirrus_below_1000_and_there_is_no_offset(tmp_path, rng):
 def clean(rng, size=(12, 10), s2_bands=13):
     """-> S1 and S2 of a patch on which nothing is missing."""
     s1 = rng.normal(-12, 5, (2, *size)).clip(-40, -1).round(2).astype(np.float32)
+    s1[1] -= 6  # VH is the darker
     s2 = rng.integers(1, 12_000, (s2_bands, *size)).astype(np.uint16)
     s2[10] = s2[10] % 900 + 1  # cirrus, wherever it is looked at
     return s1, s2
@@ -510,7 +521,7 @@ def test_bands_are_found_by_their_names(name, tmp_path, rng):
     image, paths = images[sensor], {key: write_tif(tmp_path / f"{key}.tif", images[key]) for key in images}
     junk = rng.integers(0, 200, image.shape[1:]).astype(image.dtype)
     layers = [junk if band == "-" else image[bands[sensor].index(band)] for band in order]
-    write_tif(paths[sensor], np.stack(layers), texts)
+    write_tif(paths[sensor], np.stack(layers), texts, scale=None if "B10" in bands["s2"] else 1e-4)
     assert np.array_equal(as_values(paths[sensor], sensor, bands[sensor]), image)
     some = [*rng.permutation(bands[sensor])][:2]
     assert np.array_equal(as_values(paths[sensor], sensor, some), image[[bands[sensor].index(band) for band in some]])
@@ -529,7 +540,7 @@ def test_any_order_of_named_bands(seed, tmp_path):
         order = rng.permutation(len(names))
         write_tif(tmp_path / f"t/{sensor}/a.tif", image[order], [names[k] for k in order])
     (tmp_path / "t/legend.json").write_text(json.dumps(legend))
-    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    patches = data.pack(tmp_path / "t", tmp_path / "store", s2_offset=0)
     assert np.array_equal(patches.arrays[0][0], np.rint(images[0] * 100)) and np.array_equal(patches.arrays[1][0], images[1])
 
 
@@ -932,7 +943,7 @@ def test_a_file_of_a_product_with_more_bands_is_taken_by_its_number_of_bands(tmp
     written = list(write_tree(tmp_path / "t", rng, 4, layout="plain").values())
     for files in written[:3]:
         rewrite(lambda a: np.delete(a, data.S2_BANDS.index("B10"), 0))(files["s2"])
-    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    patches = data.pack(tmp_path / "t", tmp_path / "store", s2_offset=0)
     assert patches.bands["s2"] == data.L2A_BANDS and not patches.left_out
     assert np.array_equal(patches.arrays[1][3], np.delete(read(written[3]["s2"]), data.S2_BANDS.index("B10"), 0))
 
@@ -976,8 +987,11 @@ def test_cirrus_that_cannot_be_read_is_said(tmp_path, rng):
 
 def test_band_10_of_landsat_is_not_cirrus(tmp_path, rng):
     path = write_tif(tmp_path / "x.tif", rng.integers(1500, 9000, (5, 12, 10)).astype(np.uint16), ["B2", "B3", "B4", "B5", "B10"])
-    raster = data.Raster(path, "s2", ["B4", "B3", "B2"])
-    assert raster.values().min() >= 1500 and raster.offset == 0
+    with pytest.raises(data.DataError, match="x.tif: without B10 it cannot be told"):
+        data.Raster(path, "s2", ["B4", "B3", "B2"]).values()
+    two = write_tif(tmp_path / "two.tif", rng.integers(1500, 9000, (2, 12, 10)).astype(np.uint16))  # of which B10 is none
+    with pytest.raises(data.DataError, match="two.tif: without B10 it cannot be told"):
+        data.Raster(two, "s2", ["B8", "B4"]).values()
 
 
 def test_dark_water_below_the_offset_is_not_missing(tmp_path, rng):
@@ -1060,6 +1074,21 @@ def test_legend(left_out, tmp_path, rng):
         for array, values in zip(patches.arrays, (s1, s2, classes)):
             assert (array[row] == values).all()
     assert set(patches.labels) <= {*range(len(patches.classes)), 255}
+
+
+def test_codes_that_are_not_dfc2020s_are_asked_for(tmp_path, rng):
+    """As of ESA WorldCover, where 10 is trees; 255 is none, as anywhere, and so is what the file says."""
+    files, = write_tree(tmp_path / "t", rng, 1, layout="plain").values()
+    write_tif(files["classes"], rng.choice([10, 30, 40], (1, 16, 16)).astype(np.uint8))
+    with pytest.raises(data.DataError, match="9.tif: holds codes above 10, .*legend.json"):
+        data.pack(tmp_path / "t", tmp_path / "store")
+    for code, nodata in ((255, None), (99, 99)):
+        write_tif(files["classes"], rng.choice([10, code], (1, 16, 16)).astype(np.uint8), nodata=nodata)
+        patches = data.pack(tmp_path / "t", tmp_path / f"store{code}")
+        assert {*np.unique(patches.arrays[2])} == {data.CLASSES.index("Water"), 255}
+    (tmp_path / "t/legend.json").write_text('{"classes": {"10": "trees", "30": "grass"}}')
+    write_tif(files["classes"], rng.choice([10, 30, 40], (1, 16, 16)).astype(np.uint8))
+    assert {*np.unique(data.pack(tmp_path / "t", tmp_path / "legend").arrays[2])} == {0, 1, 255}
 
 
 def test_bands_of_another_sensor_and_several_codes_of_one_class(tmp_path, rng):

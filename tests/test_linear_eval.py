@@ -364,6 +364,14 @@ def test_lines_that_a_kill_cut_off_or_a_power_cut_spoilt_are_no_results(tmp_path
     assert results.read()[1]["class"] == [0.5] * 7 + [None]
 
 
+def test_a_run_that_files_joined_by_cat_hold_twice_counts_once(tmp_path):
+    results = linear_eval.Results(tmp_path)
+    for seed in range(2):
+        results.add(run_of(seed=seed), SCORES)
+    results.path.write_bytes(2 * results.path.read_bytes())
+    assert [line["seed"] for line in results.read()] == [0, 1]
+
+
 @pytest.mark.parametrize("fraction, words", [(0.002, "0.2 % of labels"), (0.07, "7 % of"), (0.1, "10 % of"),
                                              (1.0, "100 % of")])
 def test_small_fractions_are_not_rounded_away(tmp_path, capsys, fraction, words):

@@ -6,6 +6,8 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +46,7 @@ def make_scene(height=150, width=170, bands=BANDS, seed=0):
         return fine + rng.normal(0, 0.3, fine.shape)
 
     s1 = (smooth(len(bands["s1"])) * 4 - 12).astype(np.float32)
+    s1[1:] -= 6  # VH is the darker
     s2 = (smooth(len(bands["s2"])) * 400 + 2000).clip(1, 9000).astype(np.uint16)
     if "B10" in bands["s2"]:
         s2[bands["s2"].index("B10")] = rng.integers(1, 30, s2.shape[1:])
@@ -251,18 +254,41 @@ def test_twelve_bands_out_of_thirteen_and_in_another_order(tmp_path, monkeypatch
     usual = make_map(monkeypatch, tmp_path)
     write_tif(tmp_path / "S1.tif", s1[1:])
     write_tif(tmp_path / "S2.tif", np.delete(s2, 10, 0))
-    assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
+    with pytest.raises(data.DataError, match="S2.tif: without B10 it cannot be told whether 1,000 was added"):
+        make_map(monkeypatch, tmp_path)
+    assert np.array_equal(make_map(monkeypatch, tmp_path, "--s2-offset", 0), usual)
     layers = np.stack([s1[1], s1[0] * 0 + 3, s1[0]])
     write_tif(tmp_path / "S1.tif", layers, ["VH", "angle", "VV"])  # the file says which is which
     write_tif(tmp_path / "S2.tif", s2[::-1], data.S2_BANDS[::-1])
     assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
 
 
+def test_radar_bands_without_names_whose_second_is_the_brighter_are_asked_for(scene, tmp_path, monkeypatch):
+    s1, _ = scene
+    usual = make_map(monkeypatch, tmp_path)
+    write_tif(tmp_path / "S1.tif", s1[::-1])  # as SNAP writes them
+    words = "S1.tif: by position VH is brighter than VV: are they swapped?"
+    with pytest.raises(data.DataError, match=words) as error:
+        make_map(monkeypatch, tmp_path)
+    subprocess.run([sys.executable, "-c", f"import rasterio; {str(error.value).split('? ')[1]}"], check=True)  # its mend
+    assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
+    write_tif(tmp_path / "S1.tif", s1[::-1], ["VV", "VH"])  # a name is believed
+    assert not np.array_equal(make_map(monkeypatch, tmp_path), usual)
+
+
+def test_a_scene_that_is_never_above_255_is_doubted(scene, tmp_path, monkeypatch, capsys):
+    _, s2 = scene
+    for image, doubted in ((s2, False), (s2 // 36 + 3, True)):
+        write_tif(tmp_path / "S2.tif", image)
+        make_map(monkeypatch, tmp_path)
+        assert ("S2.tif: S2 is never above 255: is it reflectance x 10,000?" in capsys.readouterr().out) == doubted
+
+
 def test_bands_and_classes_of_ones_own(tmp_path, monkeypatch):
     bands = {"s1": ["HH"], "s2": ["red", "nir"]}
     s1, s2 = write_scene(tmp_path, bands=bands)
     write_classifier(tmp_path / "c.pt", bands=bands, classes=["dry", "flooded"])
-    labels, = make_map(monkeypatch, tmp_path)
+    labels, = make_map(monkeypatch, tmp_path, "--s2-offset", 0)
     assert set(np.unique(labels)) <= {0, 1}
     assert labels[40, 40] == expected(tmp_path, s1, s2, 24, 24).argmax()
     with rasterio.open(tmp_path / "map.tif") as tif:
@@ -404,13 +430,15 @@ def test_killed_in_the_middle_there_is_no_map(tmp_path):
 
 # ------------------------------------------------------------------------------------ kept classifiers
 
-@pytest.mark.parametrize("stored, numbers", [(["B2", "B3", "B4"], [3, 2, 1]), (["B3", "B4", "B2"], [2, 1, 3]), (data.L2A_BANDS, [1, 2, 3])])
+@pytest.mark.parametrize("stored, numbers", [(["B2", "B3", "B4"], [3, 2, 1]), (["B3", "B4", "B2"], [2, 1, 3])])
 def test_a_scene_without_names_has_the_bands_of_the_files_that_were_learnt_from(stored, numbers, tmp_path):
-    """Where a legend named these; else those that the classifier takes."""
     write_scene(tmp_path, bands={"s1": data.S1_BANDS, "s2": ["B2", "B3", "B4"]})
     content = {"method": "only-s2", "bands": {"s1": [], "s2": ["B4", "B3", "B2"]}, "stored": {"s1": data.S1_BANDS, "s2": stored}}
-    scene = finetune.open_scene(SimpleNamespace(s2=tmp_path / "S2.tif", s2_offset=None), content)
-    assert scene["s2"].numbers == numbers
+    args = SimpleNamespace(s2=tmp_path / "S2.tif", s2_offset=None)
+    assert finetune.open_scene(args, content)["s2"].numbers == numbers
+    content["stored"]["s2"] = data.L2A_BANDS  # of files of twelve: which three these are, nobody knows
+    with pytest.raises(data.DataError, match="S2.tif: 3 bands, None None None; needed are B4 B3 B2: name them"):
+        finetune.open_scene(args, content)
 
 
 def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, monkeypatch):
