@@ -138,7 +138,7 @@ class Raster:
         texts = self.tif.descriptions
         names = [band_name(text) for text in texts]
         if not any(names) and self.tif.driver == "VRT":
-            names = [band_of_file(self.tif, number) for number in self.tif.indexes]
+            names = texts = [band_of_file(self.tif, number) for number in self.tif.indexes]
         self.named = any(names)
         for product in products:
             if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
@@ -500,6 +500,8 @@ def fill(store, pairs, plan, threads, max_bad):
             if reason:
                 left_out[pairs[row]["id"]] = reason
             if len(left_out) > min(max_bad * len(pairs), len(pairs) - 1):
+                if not arrays[-1]["state"].any():  # nothing to go on from: other options may follow
+                    (store / "packing.json").write_text("")
                 raise DataError(f"{store}: {len(left_out)} of {len(pairs)} patches cannot be used, "
                                 f"--max-bad allows {max_bad:.1%}: {[*left_out.items()][:5]}. Mend "
                                 "them and start again, or allow more")

@@ -444,6 +444,7 @@ def test_offset_of_data_without_cirrus_is_asked_for(tmp_path, rng):
         data.pack(tmp_path / "t", tmp_path / "asked")
     with pytest.raises(data.DataError, match=words):
         data.Raster(paths[0], "s2", ["B4", "B3"]).values()
+    assert len(data.pack(tmp_path / "t", tmp_path / "asked", s2_offset=0).rows) == 4  # as the line says, into the same store
     packed = {offset: data.pack(tmp_path / "t", tmp_path / str(offset), s2_offset=offset) for offset in (0, 1000)}
     assert (packed[0].arrays[1] - 1000 == packed[1000].arrays[1]).all()
     assert (packed[1000].records["offset"] == 1000).all() and not packed[0].records["offset"].any()
