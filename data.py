@@ -46,6 +46,7 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 5
+TAGS = {(1, 0): None, (1e-4, 0): 0, (1e-4, -0.1): 1000}  # scale and offset of S2: what was added
 SURVEY = 32  # a scene is judged by one of so many lines
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
@@ -172,21 +173,20 @@ class Raster:
         seen = image.reshape(len(image), -1) if there.all() else image[:, there]
         low, high = seen.min(), seen.max()
         tag = self.tif.scales[0], self.tif.offsets[0]  # value * scale + offset is the reflectance
-        tagged = {(1e-4, 0): 0, (1e-4, -0.1): 1000}.get(tag)
         if self.sensor == "s1":
             unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
         else:
             unit = "reflectance x 10,000"
             # The mean, since a glint alone lifts reflectance that is not x 10,000 above 2.
             plausible = 0 <= low and 2 < seen.mean() and high <= 65_535
-            plausible = plausible and (tagged is not None or tag[1] == 0)
         stretched_or_complex = seen.dtype == np.uint8 or seen.dtype.kind == "c"
-        if stretched_or_complex or not plausible:
-            raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype}, is not {unit}: mend "
-                            "it, or tag what stands for no data: gdal_edit.py -a_nodata")
+        if stretched_or_complex or not plausible or tag not in TAGS:
+            tags = "" if tag in TAGS else f" scale {tag[0]:g}, offset {tag[1]:g},"
+            raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype},{tags} is not {unit}: "
+                            "mend it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
         if self.offset is None:
-            self.offset = tagged
+            self.offset = TAGS[tag]
         if self.offset is None:
             cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else self.cirrus()
             cirrus = cirrus[cirrus > 0]  # 0 tells nothing: its edge is not that of other bands

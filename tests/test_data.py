@@ -51,8 +51,8 @@ OF_CODE[[1, 2, 4, 5, 6, 7, 9, 10]] = range(8)
 GRID = rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_000)
 
 
-def write_tif(path, array, names=None, mask=None, scale=None, **profile):
-    """names: of the bands. mask: where there is data. scale: of all bands, as a tag."""
+def write_tif(path, array, names=None, mask=None, scale=None, offset=None, **profile):
+    """names: of the bands. mask: where there is data. scale, offset: of all bands, as tags."""
     path.parent.mkdir(parents=True, exist_ok=True)
     settings = {"driver": "GTiff", "count": len(array), "height": array.shape[1], "width": array.shape[2],
                 "dtype": array.dtype, "transform": GRID, **profile}
@@ -64,6 +64,8 @@ def write_tif(path, array, names=None, mask=None, scale=None, **profile):
             tif.write_mask(mask)
         if scale:
             tif.scales = [scale] * len(array)
+        if offset:
+            tif.offsets = [offset] * len(array)
     return path
 
 
@@ -451,6 +453,23 @@ def test_offset_of_data_without_cirrus_is_asked_for(tmp_path, rng):
     for path in paths:  # a file that says that nothing was added
         write_tif(path, read(path), scale=1e-4)
     assert (data.pack(tmp_path / "t", tmp_path / "told").records == packed[0].records).all()
+
+
+@pytest.mark.parametrize("window", [None, rasterio.windows.Window(0, 0, 10, 12)])
+@pytest.mark.parametrize("sensor, scale, added, found", [
+    ("s2", 1e-4, None, 0), ("s2", 1e-4, -0.1, 1000), ("s2", 0.01, None, "scale 0.01, offset 0,"), ("s2", None, -0.1, "offset -0.1"),
+    ("s2", 1e-4, -0.2, "offset -0.2"), ("s2", None, -1000, "offset -1000"), ("s2", 2.75e-5, -0.2, "scale 2.75e-05"),
+    ("s1", 0.1, None, "scale 0.1"), ("s1", None, -83, "offset -83")])
+def test_scale_and_offset_that_a_file_says_are_believed_or_refused(sensor, scale, added, found, window, tmp_path, rng):
+    image = dict(zip(("s1", "s2"), clean(rng)))[sensor]
+    image[-3:] += 1000 * (sensor == "s2")  # bands that tell nothing of an offset
+    path = write_tif(tmp_path / "x.tif", image, scale=scale, offset=added)
+    raster = data.Raster(path, sensor, data.S1_BANDS if sensor == "s1" else ["B4", "B3", "B2"])
+    if isinstance(found, int):
+        assert np.array_equal(raster.values(window), image[[3, 2, 1]] - np.float32(found)) and raster.offset == found
+    else:
+        with pytest.raises(data.DataError, match=f"x.tif: .*{found}.* is not (dB|reflectance)"):
+            raster.values(window)
 
 
 def test_one_pixel_of_cirrus_below_1000_and_there_is_no_offset(tmp_path, rng):
