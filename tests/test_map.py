@@ -405,7 +405,7 @@ def with_little_room(args, tmp):
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     write_scene(tmp_path)
     write_classifier(tmp_path / "c.pt", task="multi")
-    process = CONTEXT.Process(target=with_little_room, args=(map_options(tmp_path, "--step", 2), tmp_path))
+    process = CONTEXT.Process(target=with_little_room, args=(map_options(tmp_path, "--step", 4), tmp_path))
     process.start()
     process.join()
     said = (tmp_path / "err").read_text().splitlines()[-1]
