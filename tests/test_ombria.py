@@ -105,7 +105,12 @@ def test_what_is_no_clone_or_region_and_a_full_folder_are_refused(clone, tmp_pat
 
 def test_the_real_thing_has_484_places_to_train_on_and_210_to_test_on(shared, tmp_path, monkeypatch):
     seen = Counter()
-    monkeypatch.setattr(ombria, "convert", lambda place, date, split, *args, **kwargs: seen.update([(date, split)]))
+
+    def convert(place, date, split, out, **kwargs):
+        out.mkdir(exist_ok=True)
+        seen[date, split] += 1
+
+    monkeypatch.setattr(ombria, "convert", convert)
     call(monkeypatch, ombria, shared / "real/ombria", tmp_path, "--regions", shared / "real/ombria/regions.csv",
          "--test-regions", "R10")
     assert seen == {(date, split): count for date in ("before", "after") for split, count in (("train", 484), ("test", 210))}
