@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import rasterio
 import torch
-from rasterio.enums import MaskFlags
+from rasterio.enums import ColorInterp, MaskFlags
 from rasterio.windows import Window
 from tqdm import tqdm
 
@@ -46,7 +46,8 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 5
-TAGS = {(1, 0): None, (1e-4, 0): 0, (1e-4, -0.1): 1000}  # scale and offset of S2: what was added
+# Scale and offset of a file, by which its values become reflectance: what was added to them.
+TAGS = {(1, 0): None, (1e-4, 0): None, (1e-4, -0.1): 1000, (1, -1000): 1000}
 SURVEY = 32  # a scene is judged by one of so many lines
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
@@ -121,13 +122,15 @@ class Raster:
     """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
-        self.name, self.sensor, self.bands = Path(path).name, sensor, bands
+        self.name, self.sensor, self.bands, self.order = Path(path).name, sensor, bands, order
         self.offset = offset if sensor == "s2" else 0
         self.judged = False
         with reading(self.name):
             self.tif = rasterio.open(path)  # closed when nobody holds the Raster any more
-        if not bands and self.tif.count > 1:
-            raise DataError(f"{self.name}: {self.tif.count} bands: a class map has one")
+        self.alpha = self.tif.colorinterp[-1] == ColorInterp.alpha  # a mask behind the bands
+        self.count = self.tif.count - self.alpha
+        if not bands and self.count > 1:
+            raise DataError(f"{self.name}: {self.count} bands: a class map has one")
         products = [S1_BANDS, S2_BANDS, L2A_BANDS]
         if order not in products:  # a legend says what a file of its tree holds
             products = [order] if order else [*products, bands]
@@ -136,10 +139,10 @@ class Raster:
     def find_bands(self, products):
         """-> their numbers, from 1 on: by the names of the bands; where none has one, by those of a
         VRT's files; where these tell nothing, by position in a product of as many bands."""
-        texts = self.tif.descriptions
+        texts = self.tif.descriptions[:self.count]
         names = [band_name(text) for text in texts]
         if not any(names) and self.tif.driver == "VRT":
-            names = texts = [band_of_file(self.tif, number) for number in self.tif.indexes]
+            names = texts = [band_of_file(self.tif, 1 + k) for k in range(self.count)]
         self.named = any(names)
         for product in products:
             if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
@@ -152,15 +155,19 @@ class Raster:
 
     def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. A pixel is missing if
-        the nodata value or a mask says so of any band, if a band is not finite, or all are 0."""
+        the nodata value or a mask says so of any band, if a band is not finite, or all are 0, which
+        is a class as others are."""
         tif = self.tif
         # S2 with nodata 0: one dark band is 0, too, and does not make its pixel a missing one.
         zero_is_dark = self.sensor == "s2" and tif.nodata == 0
         use_mask = not zero_is_dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
         with reading(self.name):
             image = tif.read(self.numbers, window=window, masked=use_mask)
+            alpha = tif.read(tif.count, window=window) if self.alpha else 1
         image, mask = np.ma.getdata(image), np.ma.getmaskarray(image)
-        there = image.any(0) & ~mask.any(0)  # the edge of many products is 0, often untagged
+        there = ~mask.any(0) & (alpha > 0)  # GDAL minds alpha in pictures alone
+        if self.bands:
+            there &= image.any(0)  # the edge of many products is 0, often untagged
         if image.dtype.kind == "f":
             there &= np.isfinite(image).all(0)
         return image, there
@@ -172,9 +179,10 @@ class Raster:
             return
         seen = image.reshape(len(image), -1) if there.all() else image[:, there]
         low, high = seen.min(), seen.max()
-        tag = self.tif.scales[0], self.tif.offsets[0]  # value * scale + offset is the reflectance
-        if self.sensor == "s1":
-            unit, plausible = "dB, 10 log10 of power", -100 <= low < 0 and high <= 100
+        tag = round(self.tif.scales[0], 8), round(self.tif.offsets[0], 8)  # some are float32
+        if self.sensor == "s1":  # resampling of power makes a few values negative
+            unit = "dB, 10 log10 of power"
+            plausible = low >= -100 and high <= 100 and np.mean(seen < 0) > 0.1
         else:
             unit = "reflectance x 10,000"
             # The mean, since a glint alone lifts reflectance that is not x 10,000 above 2.
@@ -185,35 +193,46 @@ class Raster:
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype},{tags} is not {unit}: "
                             "mend it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
-        if self.offset is None:
+        if TAGS[tag]:
             self.offset = TAGS[tag]
         if self.offset is None:
             cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else self.cirrus()
             cirrus = cirrus[cirrus > 0]  # 0 tells nothing: its edge is not that of other bands
-            self.offset = 1000 if cirrus.size and cirrus.min() >= 1000 else 0
-
-    def doubt(self, image, there):
-        """Say what is odd about a whole scene; DataError where VH is the brighter all over it and
-        no name says that it is VH: SNAP writes VH first, under names that GDAL does not see."""
-        if self.sensor == "s2" and image.max() <= 255:
-            print(f"{self.name}: S2 is never above 255: is it reflectance x 10,000?")
-        if self.named or not {*S1_BANDS} <= {*self.bands} or not there.any():
-            return
-        vv, vh = (image[self.bands.index(band), there].mean() for band in S1_BANDS)
-        if vh > vv:
-            raise DataError(f"{self.name}: by position VH is brighter than VV: are they swapped? "
-                            f"rasterio.open({self.tif.name!r}, 'r+').descriptions = 'VH', 'VV'")
+            darkest = 0 if tag[0] == 1e-4 else math.inf  # what a scale without an offset says
+            if cirrus.size:  # some pixels may be mixed with an edge of 0
+                darkest = np.quantile(cirrus, 0.05)
+            if darkest > 1200:
+                raise DataError(f"{self.name}: without B10 where it is clear it cannot be told if "
+                                "1,000 was added, as since 2022: say --s2-offset 0 or 1000")
+            self.offset = 1000 if darkest >= 900 else 0  # clear air sends some 10 back
 
     def cirrus(self):
-        """B10 of lines all over a file that has it without being asked for it. B8A must be there,
-        too: Landsat's B10 is heat."""
+        """B10 of lines all over a file that has it without being asked for it, else nothing. B8A
+        must be there, too: Landsat's B10 is heat."""
         try:
-            raster = Raster(self.tif.name, "s2", ["B8A", "B10"], 0, S2_BANDS)
+            raster = Raster(self.tif.name, "s2", ["B8A", "B10"], 0, self.order or S2_BANDS)
         except DataError:
-            raise DataError(f"{self.name}: without B10 it cannot be told whether 1,000 was added, "
-                            "as since 2022: say it with --s2-offset 0 or 1000") from None
+            return np.zeros(0)
         image, there = raster.survey()  # a band that cannot be read is said
         return image[1, there]
+
+    def doubt(self):
+        """Say what is odd about a scene; DataError where its bands have no names and cannot be in
+        the order in which they are taken: SNAP writes VH first, and B8A is often last."""
+        image, there = self.survey()
+        if self.sensor == "s2" and image.max(initial=0, where=there) <= 255:
+            print(f"{self.name}: S2 is never above 255: is it reflectance x 10,000?")
+        for bright, dark, order in (("VV", "VH", "'VH', 'VV'"), ("B9", "B10", "'B1', ..., 'B8A'")):
+            try:
+                both = Raster(self.tif.name, self.sensor, [bright, dark], 0, self.order or S2_BANDS)
+            except DataError:  # not its bands
+                continue
+            image, there = both.survey()
+            means = image[:, there].mean(1) if there.any() else (0, 0)
+            if means[0] < means[1] and not self.named:
+                mend = f"rasterio.open({self.tif.name!r}, 'r+').descriptions = {order}"
+                raise DataError(f"{self.name}: by position {dark} is brighter than {bright}: name "
+                                f"its bands: {mend}")
 
     def survey(self):
         """read() of every 32nd line, see SURVEY, and of more of a small raster."""
@@ -227,14 +246,15 @@ class Raster:
         models.to_input() takes it. window: of a scene, which is judged by lines all over it."""
         image, there = self.read(window)
         if window and not self.judged:
-            lines, seen = self.survey()
-            self.judge(lines, seen)
-            self.doubt(lines, seen)
+            self.judge(*self.survey())
+            self.doubt()
         # Not one of those lines may have a pixel that is there, or -9999 without a tag.
         if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)
         image = image.astype(np.float32)
-        image -= self.offset or 0
+        if self.sensor == "s2":
+            image = np.rint(image - (self.offset or 0)).clip(0)
+            image[:, there & ~image.any(0)] = 1  # dark, since 0 in all bands is missing
         image[:, ~there] = np.nan
         return image
 
@@ -311,12 +331,16 @@ def read_legend(tree):
     try:
         if path.exists():
             legend |= json.loads(path.read_text(), object_pairs_hook=list)
-        named = legend["s1"] + (legend["s2"] or S2_BANDS)
-        named += [int(code) for code, _ in legend["classes"]]
+        names = legend["s1"] + (legend["s2"] or S2_BANDS)
+        codes = [int(code) for code, _ in legend["classes"]]
         legend["classes"] = dict(legend["classes"])
-        count = len(set(legend["classes"].values()))
-        if len(legend) > 3 or len(set(named)) < len(named) or not 2 <= count < IGNORE:
-            raise ValueError("another key, a band or code twice, or not 2 to 254 classes")
+        classes = set(legend["classes"].values())
+        texts = all(isinstance(name, str) and name for name in [*names, *classes])
+        twice = len({*names, *codes}) < len(names + codes)
+        unfit = len(legend) > 3 or twice or not texts or not legend["s1"]
+        if unfit or not 2 <= len(classes) < IGNORE:
+            raise ValueError("another key, an empty name, a band or code twice, or not 2 to 254 "
+                             "classes")
     except (ValueError, TypeError) as error:
         raise DataError(f'{path}: {error}. It may hold "s1" and "s2", lists of band names, and '
                         '"classes", {"CODE": "NAME", ...}') from None
@@ -367,7 +391,7 @@ def read_patch(pair, plan):
     grid, not the bands or not their unit, or lacks more than half of the pixels."""
     if lacking := {"s1", "s2"} - pair.keys():
         raise DataError(f"no {min(lacking)} file")
-    rasters, images, codes = {}, {}, np.full(plan["size"], -1)  # -1: no label
+    rasters, images, codes = {}, {}, np.full(plan["size"], np.nan)  # no label
     for sensor in [sensor for sensor in ("s2", "s1", "classes") if sensor in pair]:
         bands = plan["bands"].get(sensor)
         raster = Raster(pair[sensor], sensor, bands, plan["s2_offset"], order=bands)
@@ -377,7 +401,7 @@ def read_patch(pair, plan):
         refuse_other_grid(raster.tif, rasters["s2"].tif)
         if sensor == "classes":
             (codes,), there = raster.read()
-            codes = np.where(there | (codes == 0), codes, -1)  # 0 is a code as others are
+            codes = np.where(there, codes, np.nan)
             if plan["codes"] == DFC_CODES and np.any((codes > 10) & (codes != IGNORE)):
                 raise DataError(f"{raster.name}: holds codes above 10, which are not DFC2020's: "
                                 "name the classes in legend.json, see README")
@@ -387,14 +411,11 @@ def read_patch(pair, plan):
             raise DataError(f"{raster.name}: more than half of it is missing")
     s1, s2 = images["s1"] * 100, images["s2"]
     s1[:, np.isnan(s1[0])] = MISSING
-    there = ~np.isnan(s2[0])
-    s2[:, ~there] = 0
-    s1, s2 = np.rint(s1).astype(np.int16), np.rint(s2).astype(np.int32).clip(0)
-    if not s2.any():
+    s2[:, np.isnan(s2[0])] = 0
+    if s2.max() <= 1:
         raise DataError(f"{rasters['s2'].name}: nothing is above the offset")
-    s2[:, there & ~s2.any(0)] = 1  # dark, since 0 in all bands is missing
     classes = classes_from_codes(codes, plan["codes"])
-    return s1, s2.astype(np.uint16), classes, rasters["s2"].offset
+    return np.rint(s1).astype(np.int16), s2.astype(np.uint16), classes, rasters["s2"].offset
 
 
 def layout(plan):
@@ -518,6 +539,8 @@ def pack(tree, store, threads=None, max_bad=0.01, s2_offset=None):
     """Write the good patches of a tree to a store -> its Patches. Killed and started again, it goes
     on from what is done and ends in the same bytes. s2_offset: what to subtract from S2; None:
     as B10 or a tag shows. Raises DataError, and OSError where the disk does not allow it."""
+    if not 0 <= max_bad <= 1:
+        raise DataError(f"--max-bad {max_bad}: a share, 0 to 1")
     store, pairs = Path(store), find_pairs(tree)
     plan = make_plan(tree, pairs, s2_offset)
     other = DataError(f"{store}: holds other files, or was packed from another tree, with other "
@@ -713,10 +736,13 @@ def check(patches):
     for band in zip(bands, lowest, highest, means, missing.mean(0)):
         print("{:<6}{:>10.2f}{:>10.2f}{:>10.2f}{:>10.2%}".format(*band))
     print(f"patches with missing pixels: {np.count_nonzero(missing.any(1)):,}")
-    if highest[s1_count:].max() <= 255:
-        print("S2 is never above 255: is it reflectance x 10,000?")
-    if {"VV", "VH"} <= {*bands} and means[bands.index("VH")] > means[bands.index("VV")]:
-        print("are VV and VH swapped? VH is the brighter: name the bands in the files")
+    if dark := np.count_nonzero(records["highest"][:, s1_count:].max(1) <= 255):
+        print(f"in {dark} patches S2 is never above 255: is it reflectance x 10,000?")
+    for one, other in (("VV", "VH"), ("B9", "B10")):
+        if {one, other} <= {*bands}:
+            brighter, usual = (records["mean"][:, bands.index(band)] for band in (other, one))
+            if odd := np.count_nonzero(brighter > usual):
+                print(f"in {odd} patches {other} is brighter than {one}: name the files' bands")
     offsets = np.count_nonzero(records["offset"])
     print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}")
 

@@ -404,9 +404,9 @@ def map_strips(args, content, model, scaling, scene, step):
         yield bounds[0], values
 
 
-def refuse_map(args, scene, crop, step):
-    """DataError where the windows do not fit the scene, or where the map would overwrite a file
-    that it is made from."""
+def refuse_map(args, part, scene, crop, step):
+    """DataError where the windows do not fit the scene, or where the map or its part, which comes
+    before it, would overwrite a file that it is made from."""
     grid = grid_of(scene)
     if not step <= crop <= min(grid.shape):
         raise data.DataError(
@@ -416,7 +416,7 @@ def refuse_map(args, scene, crop, step):
     for raster in scene.values():
         used += raster.tif.files  # a VRT has several
     for path in used:
-        if args.map.resolve() == Path(path).resolve():
+        if Path(path).resolve() in (args.map.resolve(), part.resolve()):
             raise data.DataError(f"--map {args.map}: would overwrite {path}: choose another name")
 
 
@@ -450,8 +450,8 @@ def write_map(args):
     model, scaling, _ = models.load_classifier(content)
     scene = open_scene(args, content)
     step = args.step or content["crop"] // 2
-    refuse_map(args, scene, content["crop"], step)
     part = args.map.with_suffix(".part.tif")
+    refuse_map(args, part, scene, content["crop"], step)
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
         write_tif(part, content, scene, map_strips(args, content, model, scaling, scene, step))

@@ -82,6 +82,8 @@ def write_tree(tree, rng, count=12, size=(16, 16), layout="dfc release", bands=(
         place = {"scene": 1 + k % 3, "patch": 9 + k // 3}  # as text p10 comes before p9
         images = {"s1": rng.normal(-12, 5, (bands[0], *size)).astype(np.float32),
                   "s2": rng.integers(1, 12_000, (bands[1], *size)).astype(np.uint16)}
+        if bands[1] == 13:
+            images["s2"][10] = images["s2"][10] % 900 + 1  # B10, without the offset of 2022
         if labels:
             layers = rng.integers(0, 11, (4 if codes == "lc" else 1, size[0] // 4, size[1]))
             images[codes] = np.resize(layers.repeat(4, 1), (len(layers), *size)).astype(np.uint8)
@@ -441,7 +443,7 @@ def test_offset_of_data_without_cirrus_is_asked_for(tmp_path, rng):
     paths = [files["s2"] for files in write_tree(tmp_path / "t", rng, 4, bands=(2, 12)).values()]
     for path in paths:
         rewrite(lambda a: a + 1000)(path)
-    words = r"\d.tif: without B10 it cannot be told whether 1,000 was added, .*--s2-offset 0 or 1000"
+    words = r"\d.tif: without B10 .* it cannot be told if 1,000 was added, .*--s2-offset 0 or 1000"
     with pytest.raises(data.DataError, match=words):
         data.pack(tmp_path / "t", tmp_path / "asked")
     with pytest.raises(data.DataError, match=words):
@@ -458,28 +460,40 @@ def test_offset_of_data_without_cirrus_is_asked_for(tmp_path, rng):
 @pytest.mark.parametrize("window", [None, rasterio.windows.Window(0, 0, 10, 12)])
 @pytest.mark.parametrize("sensor, scale, added, found", [
     ("s2", 1e-4, None, 0), ("s2", 1e-4, -0.1, 1000), ("s2", 0.01, None, "scale 0.01, offset 0,"), ("s2", None, -0.1, "offset -0.1"),
-    ("s2", 1e-4, -0.2, "offset -0.2"), ("s2", None, -1000, "offset -1000"), ("s2", 2.75e-5, -0.2, "scale 2.75e-05"),
+    ("s2", 1e-4, -0.2, "offset -0.2"), ("s2", None, -1000, 1000), ("s2", 2.75e-5, -0.2, "scale 2.75e-05"),
     ("s1", 0.1, None, "scale 0.1"), ("s1", None, -83, "offset -83")])
 def test_scale_and_offset_that_a_file_says_are_believed_or_refused(sensor, scale, added, found, window, tmp_path, rng):
     image = dict(zip(("s1", "s2"), clean(rng)))[sensor]
-    image[-3:] += 1000 * (sensor == "s2")  # bands that tell nothing of an offset
+    if sensor == "s2":
+        image = np.delete(image, 10, 0) + np.uint16(1000)  # no B10
     path = write_tif(tmp_path / "x.tif", image, scale=scale, offset=added)
-    raster = data.Raster(path, sensor, data.S1_BANDS if sensor == "s1" else ["B4", "B3", "B2"])
-    if isinstance(found, int):
+    raster = data.Raster(path, sensor, data.S1_BANDS if sensor == "s1" else ["B4", "B3", "B2"], 0 if found == 1000 else None)
+    if isinstance(found, int):  # whatever --s2-offset says of files that say nothing
         assert np.array_equal(raster.values(window), image[[3, 2, 1]] - np.float32(found)) and raster.offset == found
     else:
         with pytest.raises(data.DataError, match=f"x.tif: .*{found}.* is not (dB|reflectance)"):
             raster.values(window)
 
 
-def test_one_pixel_of_cirrus_below_1000_and_there_is_no_offset(tmp_path, rng):
-    written, cirrus = write_tree(tmp_path / "t", rng, 2), np.arange(13)[:, None, None] == 10
-    for path, lowest in zip((files["s2"] for files in written.values()), (1000, 999)):
-        rewrite(lambda a: np.where(cirrus, a.clip(1000), a))(path)
-        rewrite(lambda a, lowest=lowest: np.where(cirrus & (a == 1000), lowest, a))(path)
-    patches = data.pack(tmp_path / "t", tmp_path / "store")
-    assert patches.records["offset"].tolist() == [1000, 0]
-    assert patches.arrays[1][0].min() == 0  # what was below it
+@pytest.mark.parametrize("share, value, found", [
+    (0, 0, 1000), (0.03, 250, 1000), (0.03, 999, 1000), (0.1, 20, 0), (1, 899, 0), (1, 1500, None), (1, 0, None)])
+def test_cirrus_tells_the_offset_if_it_is_clear_somewhere(share, value, found, tmp_path, rng):
+    """An edge of 0 that was warped mixes some pixels with it; thick clouds all over, or a B10 of nothing but 0, tell nothing."""
+    files, = write_tree(tmp_path / "t", rng, 1, (40, 40)).values()
+    s2 = read(files["s2"]).clip(1, 9000) + np.uint16(1000)
+    b10 = rng.integers(1004, 1040, 1600)
+    b10[:round(share * 1600)] = value
+    s2[10] = rng.permutation(b10).reshape(40, 40)
+    write_tif(files["s2"], s2)
+    if found is None:
+        with pytest.raises(data.DataError, match="without B10 where it is clear it cannot be told if 1,000 was added"):
+            data.pack(tmp_path / "t", tmp_path / "store")
+        found = 1000
+        patches = data.pack(tmp_path / "t", tmp_path / "store", s2_offset=1000)
+    else:
+        patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.records["offset"].tolist() == [found]
+    assert np.array_equal(patches.arrays[1][0], (s2.astype(int) - found).clip(0))
 
 
 # ------------------------------------------------------------------------------ what a file says of itself
@@ -971,7 +985,7 @@ def test_a_file_of_a_product_with_more_bands_is_taken_by_its_number_of_bands(tmp
 SHIFTED = {  # what is done to B10 of an L1C file + 1,000: the offset that is found
     "as it is": (lambda b10: None, 1000),
     "0 at its edge": (lambda b10: b10.__setitem__(np.s_[:4], 0), 1000),
-    "nothing but 0": (lambda b10: b10.fill(0), 0),
+    "nothing but 0": (lambda b10: b10.fill(0), None),
     "below 1,000": (lambda b10: b10.fill(20), 0)}
 
 
@@ -981,20 +995,25 @@ SHIFTED = {  # what is done to B10 of an L1C file + 1,000: the offset that is fo
 @pytest.mark.parametrize("scene", [False, True])
 def test_cirrus_shows_the_offset_where_it_is_not_asked_for_and_nothing_else(names, bands, how, scene, tmp_path, rng):
     """What is there is a matter of the bands asked for."""
-    image = rng.integers(1001, 9000, (13, 64, 10)).astype(np.uint16)
+    image = rng.integers(1200, 9000, (13, 64, 10)).astype(np.uint16)
+    image[9:11] = rng.integers(1110, 1200, (64, 10)), rng.integers(1001, 1100, (64, 10))  # B9, B10
     change, offset = SHIFTED[how]
     change(image[data.S2_BANDS.index("B10")])
     numbers = [data.S2_BANDS.index(band) for band in bands]
     if "B10" not in bands:
         image[numbers, 60:] = 0
-    expected = image[numbers].astype(float) - offset
+    expected = (image[numbers].astype(float) - (offset or 0)).clip(0)
     if "B10" not in bands:
         expected[:, 60:] = np.nan
     path = write_tif(tmp_path / "x.tif", image, names)
     window = rasterio.windows.Window(0, 0, 10, 64) if scene else None
-    raster = data.Raster(path, "s2", bands)
-    assert np.array_equal(raster.values(window), expected, equal_nan=True) and raster.offset == offset
     assert data.Raster(path, "s2", bands, 0).values(window)[0, 10, 0] == image[numbers[0], 10, 0]
+    raster = data.Raster(path, "s2", bands)
+    if offset is None:
+        with pytest.raises(data.DataError, match="x.tif: without B10 where it is clear it cannot be told"):
+            raster.values(window)
+    else:
+        assert np.array_equal(raster.values(window), expected, equal_nan=True) and raster.offset == offset
 
 
 def test_cirrus_that_cannot_be_read_is_said(tmp_path, rng):
@@ -1007,10 +1026,10 @@ def test_cirrus_that_cannot_be_read_is_said(tmp_path, rng):
 
 def test_band_10_of_landsat_is_not_cirrus(tmp_path, rng):
     path = write_tif(tmp_path / "x.tif", rng.integers(1500, 9000, (5, 12, 10)).astype(np.uint16), ["B2", "B3", "B4", "B5", "B10"])
-    with pytest.raises(data.DataError, match="x.tif: without B10 it cannot be told"):
+    with pytest.raises(data.DataError, match="x.tif: without B10 .* it cannot be told"):
         data.Raster(path, "s2", ["B4", "B3", "B2"]).values()
     two = write_tif(tmp_path / "two.tif", rng.integers(1500, 9000, (2, 12, 10)).astype(np.uint16))  # of which B10 is none
-    with pytest.raises(data.DataError, match="two.tif: without B10 it cannot be told"):
+    with pytest.raises(data.DataError, match="two.tif: without B10 .* it cannot be told"):
         data.Raster(two, "s2", ["B8", "B4"]).values()
 
 
@@ -1111,6 +1130,77 @@ def test_codes_that_are_not_dfc2020s_are_asked_for(tmp_path, rng):
     assert {*np.unique(data.pack(tmp_path / "t", tmp_path / "legend").arrays[2])} == {0, 1, 255}
 
 
+@pytest.mark.parametrize("legend", [{"0": "dry", "255": "wet"}, {"-1": "land", "0": "dry", "255": "wet"}])
+@pytest.mark.parametrize("dtype, nodata, mask", [("uint8", 99, False), ("uint8", None, True), ("int16", 99, False), ("float32", 99, False)])
+def test_classes_that_are_missing_are_none_whatever_the_legend_names(legend, dtype, nodata, mask, tmp_path, rng):
+    files, _ = write_tree(tmp_path / "t", rng, 2, layout="plain").values()
+    codes = rng.choice([0, 99, 255], (1, 16, 16)).astype(dtype)
+    hidden = codes[0] == 99
+    if mask:
+        codes[:, hidden] = 0
+    write_tif(files["classes"], codes, mask=~hidden if mask else None, nodata=nodata)
+    list((tmp_path / "t/classes").glob("*.tif"))[files["classes"].name.endswith("10.tif")].touch()
+    (tmp_path / "t/legend.json").write_text(json.dumps({"classes": legend}))
+    patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.5)
+    names = np.array([*legend.values(), *["none"] * 256])[patches.arrays[2][patches.rows[0], 0]]
+    expected = np.where(codes[0] == 255, "wet", "dry")
+    expected[hidden] = "none"[:3]
+    assert np.array_equal(names == "none", hidden) and (names[~hidden] == expected[~hidden]).all()
+
+
+def test_alpha_is_a_mask_and_no_band(tmp_path, rng):
+    """As `gdalwarp -dstalpha` adds it, to bands with and without names."""
+    for number, names in enumerate((None, data.S2_BANDS)):
+        _, s2 = clean(rng)
+        alpha = np.where(rng.random((1, 12, 10)) < 0.2, 0, 65_535).astype(np.uint16)
+        path = write_tif(tmp_path / f"{number}.tif", np.concatenate((s2, alpha)), names and [*names, None])
+        with rasterio.open(path, "r+") as tif:
+            tif.colorinterp = [*tif.colorinterp[:13], rasterio.enums.ColorInterp.alpha]
+        values = as_values(path, "s2", data.S2_BANDS)
+        assert np.array_equal(values, np.where(alpha > 0, s2, np.float32(np.nan)), equal_nan=True)
+
+
+def test_the_order_that_a_legend_gives_says_where_cirrus_is(tmp_path, rng):
+    """Thirteen bands without names are not always those of L1C: here the eleventh is SCL."""
+    files = list(write_tree(tmp_path / "t", rng, 2, layout="plain").values())
+    for legend, found in (([*data.L2A_BANDS, "SCL"], None), (data.S2_BANDS[::-1], 1000)):
+        (tmp_path / "t/legend.json").write_text(json.dumps({"s2": legend}))
+        for path in (pair["s2"] for pair in files):
+            s2 = rng.integers(2000, 9000, (13, 16, 16)).astype(np.uint16)
+            s2[2] = rng.integers(1004, 1040, (16, 16))  # B10, counted from the end
+            write_tif(path, s2)
+        if found is None:
+            with pytest.raises(data.DataError, match="without B10"):
+                data.pack(tmp_path / "t", tmp_path / "none")
+        else:
+            assert (data.pack(tmp_path / "t", tmp_path / "store").records["offset"] == found).all()
+            raster = data.Raster(path, "s2", ["B4", "B3"], order=legend)
+            assert raster.values().min() >= 1000 and raster.offset == found
+
+
+def test_power_that_resampling_made_negative_here_and_there_is_not_db(tmp_path, rng):
+    power = 10 ** (rng.normal(-12, 5, (2, 20, 20)) / 10)
+    power[:, 3, 4:9] = -0.01
+    with pytest.raises(data.DataError, match="is not dB"):
+        as_values(write_tif(tmp_path / "x.tif", power.astype(np.float32)), "s1", data.S1_BANDS)
+
+
+def test_check_counts_patches_whose_bands_are_odd(tmp_path, rng, capsys):
+    for number, files in enumerate(write_tree(tmp_path / "t", rng, 9).values()):
+        s1, s2 = clean(rng, (16, 16))
+        s2[9] = 900 + s2[10]
+        if number < 2:
+            s1 = s1[::-1]
+        if number < 3:
+            s2[9], s2[10] = s2[10], s2[9].copy()
+        write_tif(files["s1"], s1)
+        write_tif(files["s2"], s2 if number < 5 else (s2 % 200) + 3)
+    data.check(data.pack(tmp_path / "t", tmp_path / "store", s2_offset=0))
+    said = capsys.readouterr().out
+    assert "in 2 patches VH is brighter than VV" in said and "in 4 patches S2 is never above 255" in said
+    assert data.re.search("in [3-7] patches B10 is brighter than B9", said)
+
+
 def test_bands_of_another_sensor_and_several_codes_of_one_class(tmp_path, rng):
     legend = {"s1": ["HH", "HV", "γ"], "s2": ["nir 865", "red", "B4", "pan"],
               "classes": {"7": "tree", "0": "other", "3": "tree", "11": "sea ice", "-4": "other"}}
@@ -1154,6 +1244,10 @@ WRONG_LEGENDS = {
     "a list": ('["VV", "VH"]', "legend.json"),
     "bands not a list": ('{"s1": "VV"}', "legend.json"),
     "classes not an object": ('{"classes": ["dry", "flooded"]}', "legend.json"),
+    "no name": ('{"s1": [null, "VV"]}', "legend.json: .*an empty name"),
+    "a number": ('{"s2": ["B2", 3]}', "legend.json: .*an empty name"),
+    "no band": ('{"s1": []}', "legend.json: .*an empty name"),
+    "a class that is a number": ('{"classes": {"1": 5, "2": "b"}}', "legend.json: .*an empty name"),
 }
 
 

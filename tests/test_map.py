@@ -49,7 +49,7 @@ def make_scene(height=150, width=170, bands=BANDS, seed=0):
     s1[1:] -= 6  # VH is the darker
     s2 = (smooth(len(bands["s2"])) * 400 + 2000).clip(1, 9000).astype(np.uint16)
     if "B10" in bands["s2"]:
-        s2[bands["s2"].index("B10")] = rng.integers(1, 30, s2.shape[1:])
+        s2[bands["s2"].index("B10")] = rng.integers(1, 30, s2.shape[1:])  # and B9 is far above
     return s1, s2
 
 
@@ -254,7 +254,7 @@ def test_twelve_bands_out_of_thirteen_and_in_another_order(tmp_path, monkeypatch
     usual = make_map(monkeypatch, tmp_path)
     write_tif(tmp_path / "S1.tif", s1[1:])
     write_tif(tmp_path / "S2.tif", np.delete(s2, 10, 0))
-    with pytest.raises(data.DataError, match="S2.tif: without B10 it cannot be told whether 1,000 was added"):
+    with pytest.raises(data.DataError, match="S2.tif: without B10 .* it cannot be told if 1,000 was added"):
         make_map(monkeypatch, tmp_path)
     assert np.array_equal(make_map(monkeypatch, tmp_path, "--s2-offset", 0), usual)
     layers = np.stack([s1[1], s1[0] * 0 + 3, s1[0]])
@@ -267,19 +267,43 @@ def test_radar_bands_without_names_whose_second_is_the_brighter_are_asked_for(sc
     s1, _ = scene
     usual = make_map(monkeypatch, tmp_path)
     write_tif(tmp_path / "S1.tif", s1[::-1])  # as SNAP writes them
-    words = "S1.tif: by position VH is brighter than VV: are they swapped?"
+    words = "S1.tif: by position VH is brighter than VV: name its bands: "
     with pytest.raises(data.DataError, match=words) as error:
         make_map(monkeypatch, tmp_path)
-    subprocess.run([sys.executable, "-c", f"import rasterio; {str(error.value).split('? ')[1]}"], check=True)  # its mend
+    subprocess.run([sys.executable, "-c", f"import rasterio; {str(error.value).split('bands: ')[1]}"], check=True)  # its mend
     assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
     write_tif(tmp_path / "S1.tif", s1[::-1], ["VV", "VH"])  # a name is believed
     assert not np.array_equal(make_map(monkeypatch, tmp_path), usual)
 
 
+def test_radar_of_one_band_out_of_two_without_names_is_doubted_alike(tmp_path, monkeypatch):
+    s1, _ = write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt", "only-s1", bands={"s1": ["VV"], "s2": []})
+    write_tif(tmp_path / "S1.tif", s1[::-1])
+    with pytest.raises(data.DataError, match="S1.tif: by position VH is brighter than VV"):
+        make_map(monkeypatch, tmp_path, s2=None)
+
+
+def test_bands_of_which_b8a_was_last_before_their_names_were_lost_are_asked_for(scene, tmp_path, monkeypatch):
+    """gdal_translate makes such a file of the README's VRT."""
+    _, s2 = scene
+    s2[9] = s2[10] + 300  # water vapour
+    last = [band for band in range(13) if band != 8] + [8]
+    write_tif(tmp_path / "S2.tif", s2)
+    usual = make_map(monkeypatch, tmp_path)
+    write_tif(tmp_path / "S2.tif", s2[last])
+    with pytest.raises(data.DataError, match="S2.tif: by position B10 is brighter than B9: name its bands"):
+        make_map(monkeypatch, tmp_path, "--s2-offset", 0)
+    write_tif(tmp_path / "S2.tif", s2[last], [data.S2_BANDS[band] for band in last])
+    assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
+
+
 def test_a_scene_that_is_never_above_255_is_doubted(scene, tmp_path, monkeypatch, capsys):
     _, s2 = scene
-    for image, doubted in ((s2, False), (s2 // 36 + 3, True)):
-        write_tif(tmp_path / "S2.tif", image)
+    dark = s2 // 36 + 3
+    dark[:, :9] = 65_535
+    for image, doubted in ((s2, False), (dark, True)):
+        write_tif(tmp_path / "S2.tif", image, nodata=65_535)
         make_map(monkeypatch, tmp_path)
         assert ("S2.tif: S2 is never above 255: is it reflectance x 10,000?" in capsys.readouterr().out) == doubted
 
@@ -391,6 +415,10 @@ def test_a_map_in_place_of_its_scene_is_refused_and_endings_may_be_capital(tmp_p
         with pytest.raises(data.DataError, match="--map .*would overwrite"):
             make_map(monkeypatch, tmp_path, out=out, s2=s2)
         assert (tmp_path / "S2.tif").read_bytes() == before
+    shutil.copy(tmp_path / "S2.tif", tmp_path / "x.part.tif")
+    with pytest.raises(data.DataError, match="--map .*x.tif: would overwrite .*x.part.tif"):
+        make_map(monkeypatch, tmp_path, out="x.tif", s2="x.part.tif")
+    assert (tmp_path / "x.part.tif").read_bytes() == before
     for out in ("out.TIF", "out.tiff", "new/out.TIFF"):
         assert np.array_equal(make_map(monkeypatch, tmp_path, out=out), usual)
 

@@ -3,6 +3,7 @@ import errno
 import fcntl
 import itertools
 import json
+import math
 import os
 import resource
 import shutil
@@ -186,7 +187,7 @@ def test_statistics_of_bands_that_hardly_vary(tmp_path):
         s1 = rng.choice([-11.98, -11.99], (2, 64, 48)).astype(np.float32)
         s1[1] = -12.37
         data.rasterio.open(files["s1"], "r+").write(s1)
-    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    patches = data.pack(tmp_path / "t", tmp_path / "store", s2_offset=0)
     stats = patches.stats(patches.rows)
     for sensor, values in (("s1", patches.arrays[0] / 100), ("s2", patches.arrays[1])):
         assert np.allclose(stats[sensor]["mean"], values.mean((0, 2, 3)), rtol=1e-9)
@@ -572,6 +573,12 @@ def test_too_many_bad_stop_early_and_max_bad_goes_on(tree, packed, tmp_path, mon
     data.pack(tree, tmp_path / "store", max_bad=0.5)
     assert contents(tmp_path / "store") == packed
     assert len(judged) < 58 + len(BAD)  # the good ones once
+
+
+@pytest.mark.parametrize("share", [-1, 1.5, math.nan])
+def test_a_share_of_bad_patches_that_is_none_is_refused(few, tmp_path, share):
+    with pytest.raises(data.DataError, match=f"--max-bad {share}: a share, 0 to 1"):
+        data.pack(few.tree, tmp_path / "store", max_bad=share)
 
 
 def test_max_bad_counts_what_has_no_partner_at_every_start(tmp_path):
