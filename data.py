@@ -48,6 +48,8 @@ STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels
 STORE_FORMAT = 5
 # Scale and offset of a file, by which its values become reflectance: what was added to them.
 TAGS = {(1, 0): None, (1e-4, 0): None, (1e-4, -0.1): 1000, (1, -1000): 1000}
+# Of a scene in each sensor: a band that is brighter than another one, and how a file names them.
+BRIGHTER = {"s1": ("VV", "VH", "'VH', 'VV'"), "s2": ("B9", "B10", "'B1', ..., 'B8A'")}
 SURVEY = 32  # a scene is judged by one of so many lines
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
@@ -216,23 +218,23 @@ class Raster:
         image, there = raster.survey()  # a band that cannot be read is said
         return image[1, there]
 
-    def doubt(self):
+    def doubt(self, image, there):
         """Say what is odd about a scene; DataError where its bands have no names and cannot be in
         the order in which they are taken: SNAP writes VH first, and B8A is often last."""
-        image, there = self.survey()
         if self.sensor == "s2" and image.max(initial=0, where=there) <= 255:
             print(f"{self.name}: S2 is never above 255: is it reflectance x 10,000?")
-        for bright, dark, order in (("VV", "VH", "'VH', 'VV'"), ("B9", "B10", "'B1', ..., 'B8A'")):
-            try:
-                both = Raster(self.tif.name, self.sensor, [bright, dark], 0, self.order or S2_BANDS)
-            except DataError:  # not its bands
-                continue
-            image, there = both.survey()
-            means = image[:, there].mean(1) if there.any() else (0, 0)
-            if means[0] < means[1] and not self.named:
-                mend = f"rasterio.open({self.tif.name!r}, 'r+').descriptions = {order}"
-                raise DataError(f"{self.name}: by position {dark} is brighter than {bright}: name "
-                                f"its bands: {mend}")
+        if self.named:
+            return
+        bright, dark, order = BRIGHTER[self.sensor]
+        try:
+            pair = Raster(self.tif.name, self.sensor, [bright, dark], 0, self.order or S2_BANDS)
+        except DataError:  # not its bands
+            return
+        image, there = pair.survey()
+        if there.any() and np.diff(image[:, there].mean(1)) > 0:
+            mend = f"rasterio.open({self.tif.name!r}, 'r+').descriptions = {order}"
+            raise DataError(f"{self.name}: by position {dark} is brighter than {bright}: name "
+                            f"its bands: {mend}")
 
     def survey(self):
         """read() of every 32nd line, see SURVEY, and of more of a small raster."""
@@ -246,8 +248,9 @@ class Raster:
         models.to_input() takes it. window: of a scene, which is judged by lines all over it."""
         image, there = self.read(window)
         if window and not self.judged:
-            self.judge(*self.survey())
-            self.doubt()
+            lines = self.survey()
+            self.judge(*lines)
+            self.doubt(*lines)
         # Not one of those lines may have a pixel that is there, or -9999 without a tag.
         if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)

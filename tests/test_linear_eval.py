@@ -59,7 +59,7 @@ def flood(tmp_path_factory):
         write_pair(folder / "tree" / split, f"scene {k // 2}/{k}", FLOOD,
                    -8 - 12 * wet + rng.normal(0, 1, (1, 36, 36)),
                    3000 - 1500 * wet + rng.normal(0, 200, (3, 36, 36)), classes)
-    data.pack(folder / "tree", folder / "store")
+    data.pack(folder / "tree", folder / "store", s2_offset=0)
     return folder / "store"
 
 
@@ -587,7 +587,7 @@ def test_crops_have_their_own_labels_among_many_classes(tmp_path):
         halves = np.repeat([10 * c, 10 * ((c + 1) % 12)], 8) * np.ones((1, 8, 1))
         s2 = np.concatenate([halves + 10] * 3)
         write_pair(tmp_path / "tree/train", c, legend, halves / 10 - 30, s2, halves)
-    patches = data.pack(tmp_path / "tree", tmp_path / "store")
+    patches = data.pack(tmp_path / "tree", tmp_path / "store", s2_offset=0)
     args = linear_eval.evaluation_parser("").parse_args(["--crop", "8"])
     crops = linear_eval.extract(lambda s1, s2: s2.mean((2, 3)), {"scale": "fixed"}, patches,
                                 patches.rows, args)

@@ -239,7 +239,7 @@ def four_bands(trees):
                 tif.write(pixels)
     classes = {"1": "dry", "2": "flooded"}
     (tree / "legend.json").write_text(json.dumps({"s2": ["swir", "nir", "red", "haze"], "classes": classes}))
-    data.pack(tree, folder() / "four bands")
+    data.pack(tree, folder() / "four bands", s2_offset=0)
     return folder() / "four bands"
 
 
