@@ -46,10 +46,12 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 5
-# Scale and offset of a file, by which its values become reflectance: what was added to them.
+# Scale and offset of S2, by which its values become reflectance: what they say was added.
 TAGS = {(1, 0): None, (1e-4, 0): None, (1e-4, -0.1): 1000, (1, -1000): 1000}
-# Of a scene in each sensor: a band that is brighter than another one, and how a file names them.
-BRIGHTER = {"s1": ("VV", "VH", "'VH', 'VV'"), "s2": ("B9", "B10", "'B1', ..., 'B8A'")}
+# In each sensor: a band that is brighter than another one, if there is a third, and names as SNAP
+# and VRTs order them.
+BRIGHTER = {"s1": ("VV", "VH", "VV", "'VH', 'VV'"),
+            "s2": ("B9", "B10", "B8A", "'B1', ..., 'B8A'")}
 SURVEY = 32  # a scene is judged by one of so many lines
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
@@ -129,7 +131,8 @@ class Raster:
         self.judged = False
         with reading(self.name):
             self.tif = rasterio.open(path)  # closed when nobody holds the Raster any more
-        self.alpha = self.tif.colorinterp[-1] == ColorInterp.alpha  # a mask behind the bands
+        # A mask behind the bands:
+        self.alpha = self.tif.count > 1 and self.tif.colorinterp[-1] == ColorInterp.alpha
         self.count = self.tif.count - self.alpha
         if not bands and self.count > 1:
             raise DataError(f"{self.name}: {self.count} bands: a class map has one")
@@ -149,7 +152,7 @@ class Raster:
         for product in products:
             if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
                 names = [band_name(band) for band in product]
-        wanted = [band_name(band) for band in self.bands]
+        self.names, wanted = names, [band_name(band) for band in self.bands]
         if "" in names or any(names.count(name) != 1 for name in wanted):
             raise DataError(f"{self.name}: {len(texts)} bands, {' '.join(map(str, texts))}; needed "
                             f"are {' '.join(self.bands)}: name them, or see legend.json in README")
@@ -181,56 +184,63 @@ class Raster:
             return
         seen = image.reshape(len(image), -1) if there.all() else image[:, there]
         low, high = seen.min(), seen.max()
-        tag = round(self.tif.scales[0], 8), round(self.tif.offsets[0], 8)  # some are float32
+        pairs = np.round([self.tif.scales, self.tif.offsets], 8).T  # some were float32
+        tag, *more = {tuple(pairs[number - 1].tolist()) for number in self.numbers}
         if self.sensor == "s1":  # resampling of power makes a few values negative
-            unit = "dB, 10 log10 of power"
-            plausible = low >= -100 and high <= 100 and np.mean(seen < 0) > 0.1
+            unit, tags = "dB, 10 log10 of power", [(1, 0)]
+            plausible = low >= -100 and high <= 100 and np.mean(seen < -1) > 0.1
         else:
-            unit = "reflectance x 10,000"
+            unit, tags = "reflectance x 10,000", TAGS
             # The mean, since a glint alone lifts reflectance that is not x 10,000 above 2.
             plausible = 0 <= low and 2 < seen.mean() and high <= 65_535
         stretched_or_complex = seen.dtype == np.uint8 or seen.dtype.kind == "c"
-        if stretched_or_complex or not plausible or tag not in TAGS:
-            tags = "" if tag in TAGS else f" scale {tag[0]:g}, offset {tag[1]:g},"
-            raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype},{tags} is not {unit}: "
+        if stretched_or_complex or not plausible or tag not in tags or more:
+            said = "" if tag in tags else f" scale {tag[0]:g}, offset {tag[1]:g},"
+            said = " bands of several scales and offsets," if more else said
+            raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype},{said} is not {unit}: "
                             "mend it, or tag what stands for no data: gdal_edit.py -a_nodata")
         self.judged = True
-        if TAGS[tag]:
+        if self.sensor == "s2" and TAGS[tag]:
+            if self.offset == 0:
+                raise DataError(f"{self.name}: its tags say that 1,000 was added, --s2-offset says "
+                                "0: gdal_edit.py -offset 0 where the tags are wrong")
             self.offset = TAGS[tag]
         if self.offset is None:
-            cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else self.cirrus()
-            cirrus = cirrus[cirrus > 0]  # 0 tells nothing: its edge is not that of other bands
-            darkest = 0 if tag[0] == 1e-4 else math.inf  # what a scale without an offset says
-            if cirrus.size:  # some pixels may be mixed with an edge of 0
-                darkest = np.quantile(cirrus, 0.05)
-            if darkest > 1200:
-                raise DataError(f"{self.name}: without B10 where it is clear it cannot be told if "
-                                "1,000 was added, as since 2022: say --s2-offset 0 or 1000")
-            self.offset = 1000 if darkest >= 900 else 0  # clear air sends some 10 back
+            self.offset = self.told_by_cirrus(seen, 0 if tag[0] == 1e-4 else None)
+
+    def told_by_cirrus(self, seen, offset):
+        """-> the offset as B10 shows it: clear air sends some 10 of 10,000 back. offset: what holds
+        where it shows nothing, or None to ask for it."""
+        cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else self.cirrus()
+        cirrus = cirrus[cirrus > 0]  # 0 tells nothing: its edge is not that of other bands
+        if cirrus.size:
+            low, middle = np.quantile(cirrus, (0.05, 0.5))
+            if middle < 900:
+                return 0
+            if 950 <= low <= 1100:  # clouds, or an edge of 0 that was warped, are no clear air
+                return 1000
+        if offset is None:
+            raise DataError(f"{self.name}: without B10 where it is clear it cannot be told if 1,000"
+                            " was added, as since 2022: say --s2-offset (offset=) 0 or 1000")
+        return offset
 
     def cirrus(self):
         """B10 of lines all over a file that has it without being asked for it, else nothing. B8A
         must be there, too: Landsat's B10 is heat."""
-        try:
-            raster = Raster(self.tif.name, "s2", ["B8A", "B10"], 0, self.order or S2_BANDS)
-        except DataError:
+        if not {"B8A", "B10"} <= {*self.names}:
             return np.zeros(0)
-        image, there = raster.survey()  # a band that cannot be read is said
-        return image[1, there]
+        image, there = Raster(self.tif.name, "s2", ["B10"], 0, self.names).survey()
+        return image[0, there]  # a band that cannot be read is said
 
     def doubt(self, image, there):
         """Say what is odd about a scene; DataError where its bands have no names and cannot be in
         the order in which they are taken: SNAP writes VH first, and B8A is often last."""
-        if self.sensor == "s2" and image.max(initial=0, where=there) <= 255:
+        if self.sensor == "s2" and there.any() and image[:, there].max() <= 255:
             print(f"{self.name}: S2 is never above 255: is it reflectance x 10,000?")
-        if self.named:
+        bright, dark, needed, order = BRIGHTER[self.sensor]
+        if self.named or not {bright, dark, needed} <= {*self.names}:
             return
-        bright, dark, order = BRIGHTER[self.sensor]
-        try:
-            pair = Raster(self.tif.name, self.sensor, [bright, dark], 0, self.order or S2_BANDS)
-        except DataError:  # not its bands
-            return
-        image, there = pair.survey()
+        image, there = Raster(self.tif.name, self.sensor, [bright, dark], 0, self.names).survey()
         if there.any() and np.diff(image[:, there].mean(1)) > 0:
             mend = f"rasterio.open({self.tif.name!r}, 'r+').descriptions = {order}"
             raise DataError(f"{self.name}: by position {dark} is brighter than {bright}: name "
@@ -247,10 +257,10 @@ class Raster:
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
         models.to_input() takes it. window: of a scene, which is judged by lines all over it."""
         image, there = self.read(window)
-        if window and not self.judged:
-            lines = self.survey()
-            self.judge(*lines)
+        if not self.judged and (window or not self.order):  # not a patch of a tree: see check()
+            lines = self.survey() if window else (image, there)
             self.doubt(*lines)
+            self.judge(*lines)
         # Not one of those lines may have a pixel that is there, or -9999 without a tag.
         if not self.judged or np.min(image, where=there, initial=0) < -100:
             self.judge(image, there)
@@ -378,7 +388,7 @@ def make_plan(tree, pairs, s2_offset):
 
 
 def classes_from_codes(codes, legend=DFC_CODES):
-    """Label codes of any shape and integer type -> uint8 classes, numbered in the order of the
+    """Label codes of any shape, NaN for none -> uint8 classes, numbered in the order of the
     names in the legend, {code: name}; 255 for a code that it lacks."""
     names = list(dict.fromkeys(legend.values()))
     classes = np.full(np.shape(codes), IGNORE, np.uint8)
@@ -404,6 +414,9 @@ def read_patch(pair, plan):
         refuse_other_grid(raster.tif, rasters["s2"].tif)
         if sensor == "classes":
             (codes,), there = raster.read()
+            if (nodata := raster.tif.nodata) is not None and f"{nodata:g}" in plan["codes"]:
+                raise DataError(f"{raster.name}: {nodata:g} is no data there and a class here: "
+                                "gdal_edit.py -unsetnodata, or take it out of legend.json")
             codes = np.where(there, codes, np.nan)
             if plan["codes"] == DFC_CODES and np.any((codes > 10) & (codes != IGNORE)):
                 raise DataError(f"{raster.name}: holds codes above 10, which are not DFC2020's: "
@@ -745,7 +758,7 @@ def check(patches):
         if {one, other} <= {*bands}:
             brighter, usual = (records["mean"][:, bands.index(band)] for band in (other, one))
             if odd := np.count_nonzero(brighter > usual):
-                print(f"in {odd} patches {other} is brighter than {one}: name the files' bands")
+                print(f"in {odd} patches {other} is brighter than {one}: is their order right?")
     offsets = np.count_nonzero(records["offset"])
     print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}")
 

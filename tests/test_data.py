@@ -443,7 +443,7 @@ def test_offset_of_data_without_cirrus_is_asked_for(tmp_path, rng):
     paths = [files["s2"] for files in write_tree(tmp_path / "t", rng, 4, bands=(2, 12)).values()]
     for path in paths:
         rewrite(lambda a: a + 1000)(path)
-    words = r"\d.tif: without B10 .* it cannot be told if 1,000 was added, .*--s2-offset 0 or 1000"
+    words = r"\d.tif: without B10 .* it cannot be told if 1,000 was added, .*--s2-offset .*0 or 1000"
     with pytest.raises(data.DataError, match=words):
         data.pack(tmp_path / "t", tmp_path / "asked")
     with pytest.raises(data.DataError, match=words):
@@ -461,14 +461,17 @@ def test_offset_of_data_without_cirrus_is_asked_for(tmp_path, rng):
 @pytest.mark.parametrize("sensor, scale, added, found", [
     ("s2", 1e-4, None, 0), ("s2", 1e-4, -0.1, 1000), ("s2", 0.01, None, "scale 0.01, offset 0,"), ("s2", None, -0.1, "offset -0.1"),
     ("s2", 1e-4, -0.2, "offset -0.2"), ("s2", None, -1000, 1000), ("s2", 2.75e-5, -0.2, "scale 2.75e-05"),
-    ("s1", 0.1, None, "scale 0.1"), ("s1", None, -83, "offset -83")])
+    ("s1", 0.1, None, "scale 0.1"), ("s1", None, -83, "offset -83"), ("s1", 1e-4, None, "scale 0.0001"), ("s1", None, -1000, "offset")])
 def test_scale_and_offset_that_a_file_says_are_believed_or_refused(sensor, scale, added, found, window, tmp_path, rng):
     image = dict(zip(("s1", "s2"), clean(rng)))[sensor]
     if sensor == "s2":
         image = np.delete(image, 10, 0) + np.uint16(1000)  # no B10
     path = write_tif(tmp_path / "x.tif", image, scale=scale, offset=added)
-    raster = data.Raster(path, sensor, data.S1_BANDS if sensor == "s1" else ["B4", "B3", "B2"], 0 if found == 1000 else None)
-    if isinstance(found, int):  # whatever --s2-offset says of files that say nothing
+    raster = data.Raster(path, sensor, data.S1_BANDS if sensor == "s1" else ["B4", "B3", "B2"])
+    if found == 1000:
+        with pytest.raises(data.DataError, match="x.tif: its tags say that 1,000 was added, --s2-offset says 0"):
+            data.Raster(path, sensor, ["B4"], 0).values(window)
+    if isinstance(found, int):
         assert np.array_equal(raster.values(window), image[[3, 2, 1]] - np.float32(found)) and raster.offset == found
     else:
         with pytest.raises(data.DataError, match=f"x.tif: .*{found}.* is not (dB|reflectance)"):
@@ -476,7 +479,8 @@ def test_scale_and_offset_that_a_file_says_are_believed_or_refused(sensor, scale
 
 
 @pytest.mark.parametrize("share, value, found", [
-    (0, 0, 1000), (0.03, 250, 1000), (0.03, 999, 1000), (0.1, 20, 0), (1, 899, 0), (1, 1500, None), (1, 0, None)])
+    (0, 0, 1000), (0.03, 250, 1000), (0.03, 999, 1000), (0.09, 700, None), (0.11, 20, None), (0.6, 20, 0), (1, 899, 0),
+    (1, 1500, None), (0.97, 1500, None), (1, 0, None)])
 def test_cirrus_tells_the_offset_if_it_is_clear_somewhere(share, value, found, tmp_path, rng):
     """An edge of 0 that was warped mixes some pixels with it; thick clouds all over, or a B10 of nothing but 0, tell nothing."""
     files, = write_tree(tmp_path / "t", rng, 1, (40, 40)).values()
@@ -1176,13 +1180,38 @@ def test_the_order_that_a_legend_gives_says_where_cirrus_is(tmp_path, rng):
             assert (data.pack(tmp_path / "t", tmp_path / "store").records["offset"] == found).all()
             raster = data.Raster(path, "s2", ["B4", "B3"], order=legend)
             assert raster.values().min() >= 1000 and raster.offset == found
+        if found is None:  # nor where the bands are all that is told of their order
+            with pytest.raises(data.DataError, match="without B10"):
+                data.Raster(path, "s2", legend).values()
 
 
 def test_power_that_resampling_made_negative_here_and_there_is_not_db(tmp_path, rng):
-    power = 10 ** (rng.normal(-12, 5, (2, 20, 20)) / 10)
-    power[:, 3, 4:9] = -0.01
-    with pytest.raises(data.DataError, match="is not dB"):
-        as_values(write_tif(tmp_path / "x.tif", power.astype(np.float32)), "s1", data.S1_BANDS)
+    ringing = 10 ** (rng.normal(-12, 5, (2, 20, 20)) / 10)
+    ringing[:, 3, 4:9] = -0.01
+    for power in (ringing, rng.normal(0.01, 0.012, (2, 20, 20))):  # warped; sea, its noise subtracted
+        power[1] /= 4
+        with pytest.raises(data.DataError, match="is not dB"):
+            as_values(write_tif(tmp_path / "x.tif", power.astype(np.float32)), "s1", data.S1_BANDS)
+
+
+def test_bands_of_several_scales_are_refused(tmp_path, rng):
+    path = write_tif(tmp_path / "x.tif", np.delete(clean(rng)[1], 10, 0) + np.uint16(1000), scale=1e-4)
+    with rasterio.open(path, "r+") as tif:
+        tif.offsets = [0] * 3 + [-0.1] * 9
+    assert data.Raster(path, "s2", ["B3", "B2"]).values().min() >= 1000
+    for bands, found in ((["B3", "B2"], 0), (["B8", "B4"], 1000)):
+        raster = data.Raster(path, "s2", bands)
+        assert raster.values().min() >= 0 and raster.offset == found
+    with pytest.raises(data.DataError, match="x.tif: .*several scales and offsets"):
+        data.Raster(path, "s2", ["B4", "B3"]).values()
+
+
+def test_no_data_that_a_legend_names_is_refused(tmp_path, rng):
+    files, = write_tree(tmp_path / "t", rng, 1, layout="plain").values()
+    (tmp_path / "t/legend.json").write_text('{"classes": {"0": "dry", "1": "wet"}}')
+    write_tif(files["classes"], rng.choice([0, 1], (1, 16, 16)).astype(np.uint8), nodata=0)
+    with pytest.raises(data.DataError, match="9.tif: 0 is no data there and a class here: gdal_edit.py -unsetnodata"):
+        data.pack(tmp_path / "t", tmp_path / "store")
 
 
 def test_check_counts_patches_whose_bands_are_odd(tmp_path, rng, capsys):

@@ -293,7 +293,7 @@ def test_bands_of_which_b8a_was_last_before_their_names_were_lost_are_asked_for(
     usual = make_map(monkeypatch, tmp_path)
     write_tif(tmp_path / "S2.tif", s2[last])
     with pytest.raises(data.DataError, match="S2.tif: by position B10 is brighter than B9: name its bands"):
-        make_map(monkeypatch, tmp_path, "--s2-offset", 0)
+        make_map(monkeypatch, tmp_path)
     write_tif(tmp_path / "S2.tif", s2[last], [data.S2_BANDS[band] for band in last])
     assert np.array_equal(make_map(monkeypatch, tmp_path), usual)
 

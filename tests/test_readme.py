@@ -68,6 +68,8 @@ def test_snippet_goes_from_two_geotiffs_to_an_embedding(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     images = {"s1.tif": rng.uniform(-30, 5, (2, 64, 48)).astype(np.float32),
               "s2.tif": rng.integers(0, 12_000, (13, 64, 48), dtype=np.uint16)}
+    images["s1.tif"][1] -= 3  # VH is the darker
+    images["s2.tif"][10] %= 100  # cirrus
     for name, image in images.items():
         with rasterio.open(name, "w", driver="GTiff", count=len(image), height=64, width=48, dtype=image.dtype) as tif:
             tif.write(image)
