@@ -48,8 +48,8 @@ STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels
 STORE_FORMAT = 5
 # Scale and offset of S2, by which its values become reflectance: what they say was added.
 TAGS = {(1, 0): None, (1e-4, 0): None, (1e-4, -0.1): 1000, (1, -1000): 1000}
-# In each sensor: a band that is brighter than another one, if there is a third, and names as SNAP
-# and VRTs order them.
+# In each sensor: a band that is brighter than another one, where there is a third one, too, and the
+# order in which SNAP, or a VRT of files by name, has them.
 BRIGHTER = {"s1": ("VV", "VH", "VV", "'VH', 'VV'"),
             "s2": ("B9", "B10", "B8A", "'B1', ..., 'B8A'")}
 SURVEY = 32  # a scene is judged by one of so many lines
@@ -122,7 +122,8 @@ class Raster:
 
     bands: names of those to read, in their order; None: the only one. offset: of S2, beside
     reflectance x 10,000; None: judge() finds it. order: of all bands of a file that names none,
-    as Patches.stored; None, or a product's: that of the product of as many. Raises DataError.
+    as Patches.stored; None, or a product's: that of the product of as many; None: or of `bands`.
+    Raises DataError.
     """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
@@ -160,8 +161,8 @@ class Raster:
 
     def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. A pixel is missing if
-        the nodata value or a mask says so of any band, if a band is not finite, or all are 0, which
-        is a class as others are."""
+        the nodata value or a mask says so of any band, if a band is not finite or, of images, if
+        all are 0; of classes 0 is one."""
         tif = self.tif
         # S2 with nodata 0: one dark band is 0, too, and does not make its pixel a missing one.
         zero_is_dark = self.sensor == "s2" and tif.nodata == 0
