@@ -267,7 +267,8 @@ class Raster:
             self.judge(image, there)
         image = image.astype(np.float32)
         if self.sensor == "s2":
-            image = np.rint(image - (self.offset or 0)).clip(0)
+            image -= self.offset or 0
+            np.rint(image, out=image).clip(0, out=image)
             image[:, there & ~image.any(0)] = 1  # dark, since 0 in all bands is missing
         image[:, ~there] = np.nan
         return image

@@ -431,9 +431,12 @@ def write_scene(folder, height, width, rng=None):
         with rasterio.open(folder / f"{name}.tif", "w", driver="GTiff", count=count, height=height, width=width,
                            dtype=kind, crs="EPSG:32633", transform=rasterio.Affine(10, 0, 5e5, 0, -10, 5e6),
                            tiled=True, sparse_ok=True, bigtiff="yes") as tif:
+            tif.descriptions = data.S1_BANDS if name == "S1" else data.S2_BANDS
             for top in range(0, height, 512) if rng else ():
                 shape = count, min(512, height - top), width
                 noise = rng.normal(-12, 4, shape) if name == "S1" else rng.integers(1, 4000, shape)
+                if name == "S2":
+                    noise[10] %= 100  # B10, without the offset of 2022
                 tif.write(noise.astype(kind), window=rasterio.windows.Window(0, top, width, shape[1]))
 
 
