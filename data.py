@@ -210,9 +210,14 @@ class Raster:
             self.offset = self.told_by_cirrus(seen, 0 if tag[0] == 1e-4 else None)
 
     def told_by_cirrus(self, seen, offset):
-        """-> the offset as B10 shows it: clear air sends some 10 of 10,000 back. offset: what holds
-        where it shows nothing, or None to ask for it."""
-        cirrus = seen[self.bands.index("B10")] if "B10" in self.bands else self.cirrus()
+        """-> the offset as B10 shows it, whether it is asked for or not: clear air sends some 10 of
+        10,000 back. offset: what holds where it shows nothing, or None to ask for it."""
+        cirrus = np.zeros(0)
+        if "B10" in self.bands:
+            cirrus = seen[self.bands.index("B10")]
+        elif {"B8A", "B10"} <= {*self.names}:  # Landsat, whose B10 is heat, has no B8A
+            image, there = Raster(self.tif.name, "s2", ["B10"], 0, self.names).survey()
+            cirrus = image[0, there]
         cirrus = cirrus[cirrus > 0]  # 0 tells nothing: its edge is not that of other bands
         if cirrus.size:
             low, middle = np.quantile(cirrus, (0.05, 0.5))
@@ -224,14 +229,6 @@ class Raster:
             raise DataError(f"{self.name}: without B10 where it is clear it cannot be told if 1,000"
                             " was added, as since 2022: say --s2-offset (offset=) 0 or 1000")
         return offset
-
-    def cirrus(self):
-        """B10 of lines all over a file that has it without being asked for it, else nothing. B8A
-        must be there, too: Landsat's B10 is heat."""
-        if not {"B8A", "B10"} <= {*self.names}:
-            return np.zeros(0)
-        image, there = Raster(self.tif.name, "s2", ["B10"], 0, self.names).survey()
-        return image[0, there]  # a band that cannot be read is said
 
     def doubt(self, image, there):
         """Say what is odd about a scene; DataError where its bands have no names and cannot be in
@@ -416,7 +413,8 @@ def read_patch(pair, plan):
         refuse_other_grid(raster.tif, rasters["s2"].tif)
         if sensor == "classes":
             (codes,), there = raster.read()
-            if (nodata := raster.tif.nodata) is not None and f"{nodata:g}" in plan["codes"]:
+            nodata = raster.tif.nodata
+            if nodata in map(int, plan["codes"]):
                 raise DataError(f"{raster.name}: {nodata:g} is no data there and a class here: "
                                 "gdal_edit.py -unsetnodata, or take it out of legend.json")
             codes = np.where(there, codes, np.nan)
@@ -756,11 +754,11 @@ def check(patches):
     print(f"patches with missing pixels: {np.count_nonzero(missing.any(1)):,}")
     if dark := np.count_nonzero(records["highest"][:, s1_count:].max(1) <= 255):
         print(f"in {dark} patches S2 is never above 255: is it reflectance x 10,000?")
-    for one, other in (("VV", "VH"), ("B9", "B10")):
-        if {one, other} <= {*bands}:
-            brighter, usual = (records["mean"][:, bands.index(band)] for band in (other, one))
-            if odd := np.count_nonzero(brighter > usual):
-                print(f"in {odd} patches {other} is brighter than {one}: is their order right?")
+    for bright, dark, needed, _ in BRIGHTER.values():
+        if {bright, dark, needed} <= {*bands}:
+            one, other = (records["mean"][:, bands.index(band)] for band in (bright, dark))
+            if odd := np.count_nonzero(one < other):
+                print(f"in {odd} patches {dark} is brighter than {bright}: is their order right?")
     offsets = np.count_nonzero(records["offset"])
     print(f"S2 offset subtracted (baseline 04.00 and later): {offsets}")
 
