@@ -41,18 +41,21 @@ DFC_CODES = {"1": "Forest", "2": "Shrubland", "4": "Grassland", "5": "Wetland", 
              "7": "Urban", "9": "Barren", "10": "Water"}  # savanna (3) and snow (8) are not used
 CLASSES = list(DFC_CODES.values())
 IGNORE = 255  # class of a pixel that is none of the classes; label of a patch that has none
-MISSING = -32768  # S1 of a pixel that is not there; its S2 is 0 in all bands
+MISSING = -32768  # S1 where nothing was seen; of S2 that is 0 in all bands
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 5
-# Scale and offset of S2, by which its values become reflectance: what they say was added.
-TAGS = {(1, 0): None, (1e-4, 0): None, (1e-4, -0.1): 1000, (1, -1000): 1000}
-# In each sensor: a band that is brighter than another one, where there is a third one, too, and the
+# Scale and offset that S2 is tagged with, and what they say was added to it; where B10 does not
+# tell, None is asked for.
+ADDED = {(1, 0): None, (1e-4, 0): 0, (1e-4, -0.1): 1000, (1, -1000): 1000}
+# Bands of which the first is brighter than the second by nature, so that their order is wrong where
+# it is not; the third must be there, too, since Landsat's B10 is heat. Last, for the mend, the
 # order in which SNAP, or a VRT of files by name, has them.
 BRIGHTER = {"s1": ("VV", "VH", "VV", "'VH', 'VV'"),
             "s2": ("B9", "B10", "B8A", "'B1', ..., 'B8A'")}
-SURVEY = 32  # a scene is judged by one of so many lines
+LOWEST = {"s1": -100, "s2": 0}  # what is below is no dB, no reflectance, but stands for no data
+SURVEY = 32  # lines of a scene by which it is judged, at least, and how far apart they lie at most
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
 PLAIN = re.compile(r"(?:(.*?)/)??(s1|s2|classes)/(.*)\.(?:tiff?|vrt)", re.IGNORECASE)
@@ -101,10 +104,10 @@ def band_name(text):
 
 
 def band_of_file(vrt, number):
-    """The band in the name of the file behind a band of a VRT, or ""."""
+    """The band in the name of the file behind a band of a VRT, or "" for none or several."""
     source = str(vrt.tags(number, ns="vrt_sources"))
-    file = "".join(re.findall("([^/>]*)</SourceFilename", source))
-    return band_name(file) if BAND.search(file.upper()) else ""
+    name = band_name("".join(re.findall("([^/>]*)</SourceFilename", source)))
+    return name if BAND.fullmatch(name) else ""
 
 
 @contextlib.contextmanager
@@ -120,14 +123,14 @@ def reading(name):
 class Raster:
     """A patch or scene of Sentinel-1 (`s1`) or Sentinel-2 (`s2`), read by what it says of itself.
 
-    bands: names of those to read, in their order; None: the only one. offset: of S2, beside
-    reflectance x 10,000; None: judge() finds it. order: of all bands of a file that names none,
-    as Patches.stored; None, or a product's: that of the product of as many; None: or of `bands`.
-    Raises DataError.
+    bands: names of those to read, in their order; None: the only one, of a class map, for read()
+    alone. offset: of S2, beside reflectance x 10,000; None: judge() finds it. order: the bands of a
+    file that names none, as a legend.json (Patches.stored) says; None: of the product that has as
+    many, or else `bands`. tif: the open file. numbers: of the bands in it. Raises DataError.
     """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
-        self.name, self.sensor, self.bands, self.order = Path(path).name, sensor, bands, order
+        self.name, self.sensor, self.bands = Path(path).name, sensor, bands
         self.offset = offset if sensor == "s2" else 0
         self.judged = False
         with reading(self.name):
@@ -138,8 +141,10 @@ class Raster:
         if not bands and self.count > 1:
             raise DataError(f"{self.name}: {self.count} bands: a class map has one")
         products = [S1_BANDS, S2_BANDS, L2A_BANDS]
-        if order not in products:  # a legend says what a file of its tree holds
-            products = [order] if order else [*products, bands]
+        if order is None:
+            products.append(bands)
+        elif order not in products:  # a legend's
+            products = [order]
         self.numbers = self.find_bands(products) if bands else [1]
 
     def find_bands(self, products):
@@ -150,10 +155,13 @@ class Raster:
         if not any(names) and self.tif.driver == "VRT":
             names = texts = [band_of_file(self.tif, 1 + k) for k in range(self.count)]
         self.named = any(names)
-        for product in products:
-            if not any(names) and len(product) == len(names) and {*self.bands} <= {*product}:
-                names = [band_name(band) for band in product]
-        self.names, wanted = names, [band_name(band) for band in self.bands]
+        wanted = [band_name(band) for band in self.bands]
+        products = [[band_name(band) for band in product] for product in products]
+        fits = [product for product in products
+                if len(product) == len(names) and {*wanted} <= {*product}]
+        if fits and not self.named:
+            names = fits[0]
+        self.names = names
         if "" in names or any(names.count(name) != 1 for name in wanted):
             raise DataError(f"{self.name}: {len(texts)} bands, {' '.join(map(str, texts))}; needed "
                             f"are {' '.join(self.bands)}: name them, or see legend.json in README")
@@ -164,7 +172,7 @@ class Raster:
         the nodata value or a mask says so of any band, if a band is not finite or, of images, if
         all are 0; of classes 0 is one."""
         tif = self.tif
-        # S2 with nodata 0: one dark band is 0, too, and does not make its pixel a missing one.
+        # Nodata 0 of S2 would take a pixel with one dark band for missing; a true mask would not.
         zero_is_dark = self.sensor == "s2" and tif.nodata == 0
         use_mask = not zero_is_dark or MaskFlags.nodata not in tif.mask_flag_enums[0]
         with reading(self.name):
@@ -183,31 +191,33 @@ class Raster:
         file or cirrus shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
         if not there.any():
             return
-        seen = image.reshape(len(image), -1) if there.all() else image[:, there]
+        seen = image.reshape(len(image), -1) if there.all() else image[:, there]  # a view is fast
         low, high = seen.min(), seen.max()
         pairs = np.round([self.tif.scales, self.tif.offsets], 8).T  # some were float32
         tag, *more = {tuple(pairs[number - 1].tolist()) for number in self.numbers}
         if self.sensor == "s1":  # resampling of power makes a few values negative
             unit, tags = "dB, 10 log10 of power", [(1, 0)]
-            plausible = low >= -100 and high <= 100 and np.mean(seen < -1) > 0.1
+            plausible = high <= 100 and np.mean(seen < -1) > 0.1
         else:
-            unit, tags = "reflectance x 10,000", TAGS
+            unit, tags = "reflectance x 10,000", ADDED
             # The mean, since a glint alone lifts reflectance that is not x 10,000 above 2.
-            plausible = 0 <= low and 2 < seen.mean() and high <= 65_535
+            plausible = 2 < seen.mean() and high <= 65_535
+        plausible &= low >= LOWEST[self.sensor]
         stretched_or_complex = seen.dtype == np.uint8 or seen.dtype.kind == "c"
         if stretched_or_complex or not plausible or tag not in tags or more:
-            said = "" if tag in tags else f" scale {tag[0]:g}, offset {tag[1]:g},"
-            said = " bands of several scales and offsets," if more else said
+            said = " bands of several scales and offsets," if more else ""
+            if tag not in tags:
+                said = f" scale {tag[0]:g}, offset {tag[1]:g},"
             raise DataError(f"{self.name}: {low:g} to {high:g}, {seen.dtype},{said} is not {unit}: "
                             "mend it, or tag what stands for no data: gdal_edit.py -a_nodata")
-        self.judged = True
-        if self.sensor == "s2" and TAGS[tag]:
+        if self.sensor == "s2" and ADDED[tag]:
             if self.offset == 0:
                 raise DataError(f"{self.name}: its tags say that 1,000 was added, --s2-offset says "
                                 "0: gdal_edit.py -offset 0 where the tags are wrong")
-            self.offset = TAGS[tag]
+            self.offset = ADDED[tag]
         if self.offset is None:
-            self.offset = self.told_by_cirrus(seen, 0 if tag[0] == 1e-4 else None)
+            self.offset = self.told_by_cirrus(seen, ADDED[tag])
+        self.judged = True
 
     def told_by_cirrus(self, seen, offset):
         """-> the offset as B10 shows it, whether it is asked for or not: clear air sends some 10 of
@@ -251,20 +261,21 @@ class Raster:
         lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]
         return [np.concatenate(parts, -2) for parts in zip(*lines)]
 
-    def values(self, window=None):
+    def values(self, window=None, in_tree=False):
         """-> (c, h, w) float32, dB or reflectance x 10,000, NaN where nothing was seen, as
-        models.to_input() takes it. window: of a scene, which is judged by lines all over it."""
+        models.to_input() takes it. window: of a scene, which is judged by lines all over it.
+        in_tree: one patch of many may be odd, so that check() doubts in the place of doubt()."""
         image, there = self.read(window)
-        if not self.judged and (window or not self.order):  # not a patch of a tree: see check()
+        if not self.judged and not in_tree:
             lines = self.survey() if window else (image, there)
             self.doubt(*lines)
             self.judge(*lines)
-        # Not one of those lines may have a pixel that is there, or -9999 without a tag.
-        if not self.judged or np.min(image, where=there, initial=0) < -100:
+        # Perhaps nothing is there in those lines, or they do not have the -9999 of this window.
+        if not self.judged or np.min(image, where=there, initial=0) < LOWEST[self.sensor]:
             self.judge(image, there)
         image = image.astype(np.float32)
         if self.sensor == "s2":
-            image -= self.offset or 0
+            image -= self.offset or 0  # None: nothing is there
             np.rint(image, out=image).clip(0, out=image)
             image[:, there & ~image.any(0)] = 1  # dark, since 0 in all bands is missing
         image[:, ~there] = np.nan
@@ -342,7 +353,8 @@ def read_legend(tree):
     path = Path(tree, "legend.json")
     try:
         if path.exists():
-            legend |= json.loads(path.read_text(), object_pairs_hook=list)
+            pairs = json.loads(path.read_text(), object_pairs_hook=list)  # shows a code given twice
+            legend |= pairs
         names = legend["s1"] + (legend["s2"] or S2_BANDS)
         codes = [int(code) for code, _ in legend["classes"]]
         legend["classes"] = dict(legend["classes"])
@@ -396,6 +408,21 @@ def classes_from_codes(codes, legend=DFC_CODES):
     return classes
 
 
+def read_classes(raster, legend):
+    """-> (H, W) uint8 classes of a class map, 255 for none. DataError where it is not of the
+    legend."""
+    (codes,), there = raster.read()
+    nodata = raster.tif.nodata
+    if nodata in map(int, legend):
+        raise DataError(f"{raster.name}: {nodata:g} is no data there and a class here: "
+                        "gdal_edit.py -unsetnodata, or take it out of legend.json")
+    codes = np.where(there, codes, np.nan)
+    if legend == DFC_CODES and np.any((codes > 10) & (codes != IGNORE)):
+        raise DataError(f"{raster.name}: holds codes above 10, which are not DFC2020's: "
+                        "name the classes in legend.json, see README")
+    return classes_from_codes(codes, legend)
+
+
 def read_patch(pair, plan):
     """-> s1 int16 (C1, H, W) in 1/100 dB, s2 uint16 (C2, H, W) reflectance x 10,000, classes uint8
     (H, W), and the offset that was subtracted from s2. A pixel that is not there is MISSING in s1,
@@ -403,7 +430,7 @@ def read_patch(pair, plan):
     grid, not the bands or not their unit, or lacks more than half of the pixels."""
     if lacking := {"s1", "s2"} - pair.keys():
         raise DataError(f"no {min(lacking)} file")
-    rasters, images, codes = {}, {}, np.full(plan["size"], np.nan)  # no label
+    rasters, images = {}, {}
     for sensor in [sensor for sensor in ("s2", "s1", "classes") if sensor in pair]:
         bands = plan["bands"].get(sensor)
         raster = Raster(pair[sensor], sensor, bands, plan["s2_offset"], order=bands)
@@ -411,26 +438,18 @@ def read_patch(pair, plan):
         if list(raster.tif.shape) != plan["size"]:
             raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
         refuse_other_grid(raster.tif, rasters["s2"].tif)
-        if sensor == "classes":
-            (codes,), there = raster.read()
-            nodata = raster.tif.nodata
-            if nodata in map(int, plan["codes"]):
-                raise DataError(f"{raster.name}: {nodata:g} is no data there and a class here: "
-                                "gdal_edit.py -unsetnodata, or take it out of legend.json")
-            codes = np.where(there, codes, np.nan)
-            if plan["codes"] == DFC_CODES and np.any((codes > 10) & (codes != IGNORE)):
-                raise DataError(f"{raster.name}: holds codes above 10, which are not DFC2020's: "
-                                "name the classes in legend.json, see README")
-            break
-        images[sensor] = raster.values()
+    for sensor in ("s2", "s1"):
+        images[sensor] = rasters[sensor].values(in_tree=True)
         if np.isnan(images[sensor][0]).mean() > 0.5:
-            raise DataError(f"{raster.name}: more than half of it is missing")
+            raise DataError(f"{rasters[sensor].name}: more than half of it is missing")
     s1, s2 = images["s1"] * 100, images["s2"]
     s1[:, np.isnan(s1[0])] = MISSING
     s2[:, np.isnan(s2[0])] = 0
     if s2.max() <= 1:
         raise DataError(f"{rasters['s2'].name}: nothing is above the offset")
-    classes = classes_from_codes(codes, plan["codes"])
+    classes = np.full(plan["size"], IGNORE, np.uint8)
+    if "classes" in rasters:
+        classes = read_classes(rasters["classes"], plan["codes"])
     return np.rint(s1).astype(np.int16), s2.astype(np.uint16), classes, rasters["s2"].offset
 
 
@@ -439,7 +458,7 @@ def layout(plan):
     count, size = len(plan["ids"]), plan["size"]
     s1, s2 = len(plan["bands"]["s1"]), len(plan["bands"]["s2"])
     record = [("state", "u1"),  # 1: the row is whole; 0: not yet, or bad
-              ("sum", "<u4"),  # CRC-32 of the row in all arrays
+              ("sum", "<u4"),  # CRC-32 of the row in all arrays: other pixels, other identity
               ("offset", "<u2"),  # subtracted from S2
               ("pixels", "<u4", len(plan["classes"]) + 1)]  # per class, the last for 255
     record += [(name, "<f8", s1 + s2) for name in STATISTICS]  # per band, S1's first
@@ -459,7 +478,8 @@ def open_arrays(store, plan):
 
 def statistics(image, unit):
     """(c, h, w) integers of a store -> STATISTICS of each band, in the unit."""
-    there, rows = image[0] != MISSING if image.dtype == np.int16 else image.any(0), []
+    there = image[0] != MISSING if image.dtype == np.int16 else image.any(0)
+    rows = []
     for band in image:
         band = band.ravel() if there.all() else band[there]
         floats = band.astype(float)  # of one band: the processor's cache holds it
@@ -492,7 +512,7 @@ def pack_row(pair, plan, store, arrays, row):
         s1, s2, classes, offset = read_patch(pair, plan)
     except DataError as reason:
         return str(reason)
-    (store / "index.json").unlink(missing_ok=True)  # of a store that did not have this patch
+    (store / "index.json").unlink(missing_ok=True)  # an old one, which lacks this patch
     *images, records = arrays
     checksum = 0
     for array, image in zip(images, (s1, s2, classes)):  # images: two where none has a class map
@@ -507,8 +527,9 @@ def pack_row(pair, plan, store, arrays, row):
 
 
 def ahead(function, items, threads=None, depth=2):
-    """Yield function(item) in the order of the items, computed by threads, of which at most `depth`
-    results wait. threads: None for one per core (of each process of torchrun), at most 8."""
+    """Yield function(item) in the order of the items, computed by threads, `depth` items ahead of
+    what they compute now. threads: None for one per core (of each process of torchrun), at most
+    8."""
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     threads = threads or max(1, min(cores, 8))
     pool, running = ThreadPoolExecutor(threads), deque()
@@ -532,12 +553,13 @@ def fill(store, pairs, plan, threads, max_bad):
               "remove it to pack files that have changed since")
     threads = threads or min(2 * len(os.sched_getaffinity(0)), 16)  # half of them wait for the disk
     work = ahead(lambda row: pack_row(pairs[row], plan, store, arrays, row), rows, threads)
+    allowed = min(max_bad * len(pairs), len(pairs) - 1)
     with contextlib.closing(work):  # no thread writes after an error
         for row, reason in tqdm(zip(rows, work), "packing", len(rows), unit="patch"):
             if reason:
                 left_out[pairs[row]["id"]] = reason
-            if len(left_out) > min(max_bad * len(pairs), len(pairs) - 1):
-                if not arrays[-1]["state"].any():  # nothing to go on from: other options may follow
+            if len(left_out) > allowed:
+                if not arrays[-1]["state"].any():  # no plan to keep to: other options may follow
                     (store / "packing.json").write_text("")
                 raise DataError(f"{store}: {len(left_out)} of {len(pairs)} patches cannot be used, "
                                 f"--max-bad allows {max_bad:.1%}: {[*left_out.items()][:5]}. Mend "

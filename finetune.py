@@ -141,11 +141,12 @@ def evaluate(args, content):
 
 def keep(path, model, scaling, settings, scores, stored):
     """--save: write a trained classifier with all that a map needs to know, and how good it is."""
-    same = {key: settings[key] for key in ("method", "classes", "simulated", "task", "args")}
-    same |= {key: settings["args"][key] for key in ("arch", "bands", "crop")}
-    scores = {name: float(scores[name]) for name in SCORES}
-    same |= {"run": settings, "stored": stored}  # bands of the files that it learnt from
-    models.save_checkpoint(path, model, **same, **scaling, scores=scores)
+    every = settings | settings["args"]
+    needed = ("method", "arch", "bands", "crop", "classes", "simulated", "task", "args")
+    content = {key: every[key] for key in needed} | scaling
+    content["scores"] = {name: float(scores[name]) for name in SCORES}
+    content["stored"] = stored  # bands of the files that it learnt from
+    models.save_checkpoint(path, model, **content, run=settings)
 
 
 def row_title(line):
@@ -223,9 +224,9 @@ def main_table(lines, task, classes, beside_poster):
         if means[title] == max(means.values()):
             average = f"**{average}**"
         if beside_poster and row_title(group[0]) in TITLES.values():
-            published = POSTER[task][group[0]["method"]]
-            average += f" (poster {published[0]}: {means[title] - published[0]:+.0f})"
-            overall += f" (poster {published[1]})"
+            published, published_overall = POSTER[task][group[0]["method"]]
+            average += f" (poster {published}: {means[title] - published:+.0f})"
+            overall += f" (poster {published_overall})"
         rows.append([title, *map(percent, of_classes), average, overall, len(group)])
     return f"### {heading}, %\n\n{markdown(['', *classes, 'Average', pooled, 'seeds'], rows)}"
 
@@ -326,7 +327,7 @@ def open_scene(args, content):
 
 def grid_of(scene):
     """-> the open raster on whose grid a map lies: one that says where that is, if there is one."""
-    rasters = [scene[sensor].tif for sensor in ("s2", "s1") if sensor in scene]
+    rasters = [raster.tif for raster in scene.values()]
     return max(rasters, key=lambda tif: (not tif.transform.is_identity, tif.crs is not None))
 
 
@@ -357,9 +358,7 @@ def classify(model, scaling, images, corners, crop, args):
     images = [torch.from_numpy(image)[None].to(args.device) for image in images]
     by_window = scaling["scale"] == "patch-max"
     if not by_window:  # scaled and brought into the network's form once: windows share pixels
-        precision = models.resolve_precision(args.precision, args.device)
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        images = [image.to(dtype, memory_format=torch.channels_last)
+        images = [image.contiguous(memory_format=torch.channels_last)
                   for image in models.to_input(*images, **scaling)]
     logits = []
     for batch in np.array_split(corners, math.ceil(len(corners) / args.batch_size)):
@@ -431,8 +430,8 @@ def write_tif(path, content, scene, strips):
         if multi:
             tif.descriptions = [f"{name}, %" for name in names]
         else:
-            colours = [(*bytes.fromhex(colour), 255) for colour in COLOURS]
-            tif.write_colormap(1, dict(zip(range(len(names)), itertools.cycle(colours))))
+            colours = itertools.cycle(map(bytes.fromhex, COLOURS))
+            tif.write_colormap(1, dict(zip(range(len(names)), colours)))
         for top, values in strips:
             tif.write(values, window=Window(0, top, grid.width, values.shape[1]))
         tags = {key: content[key] for key in ("method", "task", "simulated")}

@@ -58,7 +58,7 @@ def score(task, true, logits):
     of_classes = hits / np.where(true.any(0), possible, np.nan)
     overall = hits.sum() / possible.sum()
     scores = {"class": of_classes, "average": np.nanmean(of_classes), "overall": overall}
-    return scores if task == "multi" else {**scores, "confusion": true.T.astype(int) @ predicted}
+    return scores if task == "multi" else scores | {"confusion": true.T.astype(int) @ predicted}
 
 
 def repeats(labels):
@@ -260,7 +260,7 @@ def choose_penalty(task, x, y, weight, rows, patch_labels, seed):
     for penalty in PENALTIES:  # each fit starts where the one before ended
         model = fit(task, x, y, weight, penalty, model, tolerance=1e-3, iterations=50)
         logits = predict(x, *model).cpu().numpy()
-        held_out = logits[np.arange(len(x)), fold]  # of each crop, by the fit that lacked it
+        held_out = logits[range(len(x)), fold]  # of each crop, by the fit that lacked it
         scores.append(score(task, true, held_out)["average"])
     best = np.argmax(scores) if min(scores) < max(scores) else len(PENALTIES) // 2
     return float(PENALTIES[best])
@@ -342,8 +342,7 @@ def retrieve(args, content):
     if not len(unseen):
         raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: "
                              "a split `test`, or its very data and --holdout above 0 there")
-    places = np.linspace(0, len(unseen) - 1, min(len(unseen), CANDIDATES))
-    rows = unseen[places.astype(int)]
+    rows = unseen[::len(unseen) // CANDIDATES + 1]
     model, scaling = models.load_contrastive(content)
     model.to(args.device)
     x = extract(lambda s1, s2: torch.stack(model(s1, s2), 1), scaling, patches, rows, args,
@@ -427,7 +426,7 @@ def read_options(parser):
     if "epoch" in content and content["epoch"] < content["args"]["epochs"]:
         print(f"{args.checkpoint}: {content['epoch']} of {content['args']['epochs']} epochs")
     held = {name: content[name] for name in ("method", "arch", "scale")}
-    held["bands"] = [*content["bands"]["s1"], *content["bands"]["s2"]]
+    held["bands"] = [*itertools.chain(*content["bands"].values())]
     # Read once more with the checkpoint's values as defaults: what differs now was typed.
     parser.set_defaults(**held, crop=content["args"].get("crop", args.crop))
     args = parser.parse_args()
@@ -449,7 +448,7 @@ def open_patches(args, content):
     for sensor, bands in patches.bands.items():
         if sees(args.method, sensor) and not bands:
             raise data.DataError(f"--bands: {args.method} needs bands of {sensor}")
-    patches.simulated = patches.simulated or content.get("simulated", False)
+    patches.simulated |= content.get("simulated", False)
     return patches
 
 

@@ -446,8 +446,10 @@ def test_offset_of_data_without_cirrus_is_asked_for(tmp_path, rng):
     words = r"\d.tif: without B10 .* it cannot be told if 1,000 was added, .*--s2-offset .*0 or 1000"
     with pytest.raises(data.DataError, match=words):
         data.pack(tmp_path / "t", tmp_path / "asked")
-    with pytest.raises(data.DataError, match=words):
-        data.Raster(paths[0], "s2", ["B4", "B3"]).values()
+    raster = data.Raster(paths[0], "s2", ["B4", "B3"])
+    for window in (None, rasterio.windows.Window(0, 0, 5, 5), rasterio.windows.Window(5, 5, 5, 5)):  # who goes on is asked again
+        with pytest.raises(data.DataError, match=words):
+            raster.values(window)
     assert len(data.pack(tmp_path / "t", tmp_path / "asked", s2_offset=0).rows) == 4  # as the line says, into the same store
     packed = {offset: data.pack(tmp_path / "t", tmp_path / str(offset), s2_offset=offset) for offset in (0, 1000)}
     assert (packed[0].arrays[1] - 1000 == packed[1000].arrays[1]).all()
@@ -913,6 +915,27 @@ def test_names_in_a_vrt_come_before_those_of_its_files(tmp_path, rng):
     assert np.array_equal(as_values(path, "s1", data.S1_BANDS), s1[::-1])
     path = write_vrt(tmp_path / "b.vrt", [(tmp_path / "x_VH.tif", 1), (tmp_path / "x_VV.tif", 1)], s1.shape[1:], names=["Band 1", "Band 2"])
     assert np.array_equal(as_values(path, "s1", data.S1_BANDS), s1)
+    both = write_tif(tmp_path / "x_VV_VH.tif", s1)
+    path = write_vrt(tmp_path / "c.vrt", [(both, 1), (both, 2)], s1.shape[1:])  # a name of two bands names none
+    assert np.array_equal(as_values(path, "s1", data.S1_BANDS), s1)
+
+
+def test_bands_may_be_asked_for_as_files_write_them(tmp_path, rng):
+    _, s2 = clean(rng)
+    for names in (None, data.S2_BANDS):
+        path = write_tif(tmp_path / "x.tif", s2, names)
+        assert np.array_equal(as_values(path, "s2", ["B08", "b8a", "B02"]), s2[[7, 8, 1]])
+
+
+def test_what_is_below_the_unit_is_refused_in_the_window_that_has_it(tmp_path, rng):
+    """-9999 or -1 without a tag, where the lines by which a scene is judged have none."""
+    s1, s2 = clean(rng, (80, 10))
+    for sensor, image, value, unit in (("s1", s1, -9999, "dB"), ("s2", s2.astype(np.int16), -1, "reflectance")):
+        image[:, 41, 3] = value
+        raster = data.Raster(write_tif(tmp_path / "x.tif", image), sensor, data.S1_BANDS if sensor == "s1" else data.S2_BANDS)
+        raster.values(rasterio.windows.Window(0, 0, 10, 40))
+        with pytest.raises(data.DataError, match=f"{value} to .* is not {unit}"):
+            raster.values(rasterio.windows.Window(0, 40, 10, 40))
 
 
 # ------------------------------------------------------------------------------ splits, doubles, what cannot be reached
