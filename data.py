@@ -93,6 +93,9 @@ def lock(file, folder):
     except BlockingIOError:
         raise DataError(f"{folder}: another run writes there: wait for it, or choose another "
                         "folder") from None
+    except OSError as error:  # some network drives
+        raise DataError(f"{folder}: cannot be locked ({error.strerror}): mount it with flock, or "
+                        "choose another folder") from None
 
 
 def band_name(text):
@@ -608,8 +611,9 @@ class Patches:
     """N co-registered patches of one size in a store; a bad one has a row that no list of rows has.
 
     ids, scenes: lists of str. splits: (N,) a season, `train`, `validation`, `test` or "". rows: of
-    the good patches. labels: (N,) most frequent class of the patch, 255 for none; None without
-    class maps. size: [H, W]. bands: {"s1": names, "s2": names} as selected. classes: names.
+    the good patches. labels: (N,) most frequent class of the patch, 255 where most pixels have
+    none; None without class maps. size: [H, W]. bands: {"s1": names, "s2": names} as selected.
+    classes: names.
     left_out: {id: reason}. identity: 12 hexadecimal digits, others for other patches, pixels or
     options of packing.
     """

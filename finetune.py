@@ -9,7 +9,8 @@
 
 Every layer is trained, on random crops of the splits `train` and `validation`, patches repeated to
 balance the classes; the last epoch is tested on crops that cover each patch of the split `test`. A
-finished run is one line of results.jsonl and is not repeated; each epoch's loss is in log.jsonl.
+finished run is one line of results.jsonl and is not repeated; the last loss of each epoch is in
+log.jsonl.
 """
 import itertools
 import json
@@ -33,6 +34,7 @@ from linear_eval import TITLES
 HEADINGS = {"single": ("Single-label classification, accuracy", "OA"),
             "multi": ("Multi-label classification, F1", "O-F1")}
 SCORES = ("average", "overall")
+PROBED = ("task", "sensors", "label_fraction")
 # Scheibenreif, Mommert, Borth 2022: average and overall in percent.
 POSTER = {
     "single": {"only-s1": (57, 62), "only-s2": (57, 62), "early-fusion": (62, 66),
@@ -48,8 +50,8 @@ CURVES = {"mma": ("o", "#c0392b", (47.5, 59.7, 64.2, 69.0)),
           "early-fusion": ("^", "#1b7837", (34.6, 52.2, 55.1, 62.0)),
           "late-fusion": ("v", "#e08214", (39.8, 50.0, 61.7, 62.0))}
 ORDER = [*TITLES.values(), "Band means and sd"]  # of a table's rows, the poster's first
-# What the rows of a table should share, or else each of them says:
-ALIKE = {"data", "crop", "scale", "label_sampling", "precision"}
+# What each row of a table has of its own; in what else they differ, they say.
+OWN = {"method", "checkpoint", "bands"}
 # What a run was made with, beside what linear_eval.py tells of its own:
 OPTIONS = ("epochs", "batch_size", "lr", "classifier_lr", "weight_decay", "drop_epoch")
 STRIP = 256  # px of a map that are made at a time
@@ -176,7 +178,7 @@ def settings_of(line):
 
 def table_rows(lines):
     """Result lines -> {row title: lines}, in the poster's order. Runs of one row with different
-    settings become rows of their own, named by what differs; of ALIKE, from any row."""
+    settings become rows of their own, named by what differs; but for OWN, from any row."""
     def place(line):
         title = row_title(line)
         return ORDER.index(title.split(",")[0]), title
@@ -184,7 +186,7 @@ def table_rows(lines):
     rows, every = {}, grouped(lines, settings_of)
     for (_, title), group in grouped(sorted(lines, key=place), place).items():
         variants = grouped(group, settings_of)
-        same = {pair for pair in frozenset.intersection(*variants) if pair[0] not in ALIKE}
+        same = {pair for pair in frozenset.intersection(*variants) if pair[0] in OWN}
         same |= frozenset.intersection(*every)
         for settings, variant in variants.items():
             differ = ", ".join(" ".join(pair) for pair in sorted(settings - same))
@@ -232,19 +234,14 @@ def main_table(lines, task, classes, beside_poster):
 
 
 def probe_table(lines):
-    """Frozen encoders: rows by features, sensors used and share of labels; both tasks."""
+    """Frozen encoders: rows by features, task, sensors used and share of labels."""
     rows = []
     for title, group in table_rows(lines).items():
-        inputs = grouped(group, lambda line: (line["sensors"], line["label_fraction"]))
-        for (sensors, fraction), runs in sorted(inputs.items()):
-            tasks = grouped(runs, lambda line: line["task"])
-            cells = []
-            for task, name in itertools.product(HEADINGS, SCORES):
-                cells.append(percent(line[name] for line in tasks[task]))
-            seeds = dict.fromkeys(str(len(tasks[task])) for task in HEADINGS if tasks[task])
-            rows.append([title, sensors, f"{100 * fraction:g} %", *cells, "; ".join(seeds)])
-    header = ["features", "sensors", "labels", "single average", "OA", "multi average", "O-F1",
-              "seeds"]
+        kinds = grouped(group, lambda line: tuple(line[key] for key in PROBED))
+        for (task, sensors, fraction), runs in sorted(kinds.items(), reverse=True):
+            cells = [percent(line[name] for line in runs) for name in SCORES]
+            rows.append([title, task, sensors, f"{100 * fraction:g} %", *cells, len(runs)])
+    header = ["features", "task", "sensors", "labels", *SCORES, "seeds"]
     return f"### Frozen encoders, linear classifier, %\n\n{markdown(header, rows)}"
 
 
@@ -425,6 +422,7 @@ def write_tif(path, content, scene, strips):
     multi = content["task"] == "multi"
     with rasterio.open(
             path, "w", driver="GTiff", dtype="uint8", nodata=NO_DATA, compress="deflate",
+            bigtiff="if_safer",  # since its size is not known before
             height=grid.height, width=grid.width, count=len(names) if multi else 1,
             crs=grid.crs, transform=grid.transform) as tif:
         if multi:
@@ -455,6 +453,8 @@ def write_map(args):
     try:
         write_tif(part, content, scene, map_strips(args, content, model, scaling, scene, step))
         part.replace(args.map)
+        for ending in (".ovr", ".aux.xml"):  # overviews and statistics of an older map
+            Path(f"{args.map}{ending}").unlink(missing_ok=True)
     except rasterio.errors.RasterioError as error:  # a full disk, a scene that is cut off
         raise data.DataError(f"{args.map}: {error.__cause__ or error}: free space, or mend "
                              f"{args.s1}, {args.s2}") from None

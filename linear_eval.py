@@ -38,6 +38,7 @@ SURE = 1e3  # logit of certainty: e^-1000 is 0, while infinity times zero would 
 CURVATURE = 0.03  # p (1 - p), that of cross-entropy in a logit, about what it is once fitted
 BIAS_UNIT = 10
 LOSS_SCALE = 1e3  # torch's L-BFGS learns nothing from steps that change the loss too little
+OUTCOMES = {"class", "average", "overall", "confusion", "counts"}  # of a run, beside its settings
 CANDIDATES = 1000  # that a retrieval looks among
 PICTURED, NEAREST = 12, 5  # of them in its picture, and below each
 
@@ -94,12 +95,15 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def read(self):
-        lines = []
+        """-> lines, one of each run, though files of two machines were joined by `cat`."""
+        runs = {}
         text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        for line in dict.fromkeys(text.splitlines()):  # once, though files were joined by `cat`
+        for line in text.splitlines():
             with contextlib.suppress(ValueError):  # empty, cut off by a kill, NULs by a power cut
-                lines.append(json.loads(line))
-        return lines
+                run = json.loads(line)
+                settings = {name: run[name] for name in run if name not in OUTCOMES}
+                runs.setdefault(json.dumps(settings, sort_keys=True), run)
+        return [*runs.values()]
 
     def has(self, settings):
         """Whether a line has all these settings, with what came out beside them."""
@@ -164,8 +168,9 @@ def frozen_network(args, content, patches, seed=0):
 @torch.no_grad()
 def extract(network, scaling, patches, rows, args, middle=False):
     """Run a network over crops of the patches `rows`, patch by patch: those that cover them, or the
-    middle one. -> {"x": its output, (n, D) float32, "row": (n,) the crop's patch}, and where
-    there are class maps the crop's labels, "single" and "multi", (n, C) 0/1, all 0 for none.
+    middle one. -> {"x": its output, (n, D) float32, "row": (n,) the crop's patch, "scene": (n,) its
+    number}, and where there are class maps the labels, "single" and "multi", (n, C) 0/1, all 0
+    for none.
     DataError where x is not finite."""
     batches = data.grid_crops(rows, patches.size, args.crop, args.batch_size, middle)
     labelled, count = patches.labels is not None, len(patches.classes)
@@ -183,6 +188,7 @@ def extract(network, scaling, patches, rows, args, middle=False):
             crops["multi"].append(models.multi_label(classes, count=count))
     # The host waits for the device only here.
     crops = {name: torch.cat(values).cpu().numpy() for name, values in crops.items()}
+    crops["scene"] = np.unique(patches.scenes, return_inverse=True)[1][crops["row"]]
     if not np.isfinite(crops["x"]).all():
         raise data.DataError(f"{args.checkpoint or args.method}: values that are not finite on the "
                              f"crops of {args.data}: try --precision float32, or a lower --lr")
@@ -227,32 +233,26 @@ def predict(x, w, b):
     return (x @ w.flatten(1)).view(len(x), *b.shape) + b
 
 
-def principal_axes(x):
-    """(n, D) -> (D, min(n, D)) orthonormal axes of the samples. A penalty on |weights| does not
-    notice a rotation, but L-BFGS does: with variances apart it needs a fraction of the steps."""
-    if len(x) < x.shape[1]:
-        basis = torch.linalg.qr(x.T).Q  # (D, n), of the space that the samples span
-        return basis @ principal_axes(x @ basis)
-    return torch.linalg.eigh(x.T @ x).eigenvectors
-
-
-def folds(rows, patch_labels, count, seed):
-    """(n,) patch of each crop, labels of all patches -> (n,) fold of each crop: the patches of each
-    class dealt out in turn, all crops of a patch into one fold."""
-    order = np.random.default_rng(seed).permutation(np.unique(rows))
-    order = order[np.argsort(patch_labels[order], kind="stable")]
-    fold = np.empty(len(patch_labels), int)
+def folds(groups, labels, count, seed):
+    """(n,) scene or patch of each crop, label of its patch -> (n,) fold of each crop: the groups of
+    each class, that of the first crop, dealt out in turn, each whole."""
+    _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.random.default_rng(seed).permutation(len(first))
+    order = order[np.argsort(labels[first][order], kind="stable")]
+    fold = np.empty(len(order), int)
     fold[order] = np.arange(len(order)) % count
-    return fold[rows]
+    return fold[group]
 
 
-def choose_penalty(task, x, y, weight, rows, patch_labels, seed):
-    """Penalty with the best average score over folds of the training patches, the strongest of
-    several; where all are equally good, as with one patch of each class, the middle one."""
-    count = min(FOLDS, len(np.unique(rows)))
+def choose_penalty(task, x, y, weight, rows, scenes, labels, seed):
+    """Penalty with the best average score over folds of the training scenes, where there are as
+    many as folds, else of the patches; the strongest of several; where all are equally good, as
+    with one patch of each class, the middle one."""
+    groups = scenes if len(np.unique(scenes)) >= FOLDS else rows
+    count = min(FOLDS, len(np.unique(groups)))
     if count == 1:  # a single patch: nothing to hold out, and little to learn from: a strong one
         return 1.0
-    fold = folds(rows, patch_labels, count, seed)
+    fold = folds(groups, labels, count, seed)
     others = torch.from_numpy(fold != np.arange(count)[:, None])  # (K, n)
     weight = weight * others.to(weight)
     true = y.cpu().numpy()
@@ -268,8 +268,8 @@ def choose_penalty(task, x, y, weight, rows, patch_labels, seed):
 
 def probe(task, train, test, chosen, patch_labels, seed, device="cpu"):
     """Learn from the training crops of the patches `chosen` (repeats are weights), predict the test
-    crops, both as extract() gives them. patch_labels: of all patches, to deal them out into folds,
-    in both tasks -> (scores, what else to report)."""
+    crops, both as extract() gives them. patch_labels: of all patches, to balance folds by, in both
+    tasks -> (scores, what else to report)."""
     times = np.bincount(chosen, minlength=len(patch_labels))[train["row"]]
     used = (times > 0) & train[task].any(1)
     tested = test[task].any(1)
@@ -279,9 +279,12 @@ def probe(task, train, test, chosen, patch_labels, seed, device="cpu"):
     sd, mean = torch.std_mean(x, 0, correction=0)
     sd[sd <= 1e-6 * mean.abs() + 1e-12] = math.inf  # such a feature says nothing
     x, queries = (x - mean) / sd, (queries - mean) / sd
-    axes = principal_axes(x)
+    # A penalty on |weights| does not notice a rotation, but L-BFGS does: along the principal axes,
+    # whose variances are apart, it needs a fraction of the steps.
+    axes = torch.linalg.svd(x, full_matrices=False).Vh.T  # (D, min(n, D))
     x = x @ axes
-    penalty = choose_penalty(task, x, y, weight, train["row"][used], patch_labels, seed)
+    rows, scenes = train["row"][used], train["scene"][used]
+    penalty = choose_penalty(task, x, y, weight, rows, scenes, patch_labels[rows], seed)
     model = fit(task, x.double(), y, weight[None].double(), penalty)
     logits = predict(queries.double() @ axes.double(), *model)[:, 0]
     counts = {"train_patches": len(set(chosen)), "train_crops": len(x), "test_crops": len(true),
@@ -300,7 +303,8 @@ def evaluate(args, content):
         return [extract(network, scaling, patches, rows, args) for rows in (train_rows, test_rows)]
 
     runs = planned_runs(args, content, patches,
-                        protocol="linear", baseline=args.baseline, sensors=args.sensors)
+                        protocol="linear", baseline=args.baseline,
+                        sensors=" and ".join(encoders_used(args)))
     for settings in tqdm(runs, "probes", leave=False, delay=1):
         if results.has(settings):
             continue
@@ -313,7 +317,8 @@ def evaluate(args, content):
 
 def embed(args, content):
     """--embed: each sensor's embedding of every patch, the mean over the crops that cover it."""
-    patches = open_patches(args, content)
+    patches, part = open_patches(args, content), Path(f"{args.embed}.tmp")
+    part.parent.mkdir(parents=True, exist_ok=True)
     _, scaling = models.load_encoders(content)
     network = frozen_network(args, content, patches)
     x = extract(network, scaling, patches, patches.rows, args)["x"]
@@ -324,7 +329,6 @@ def embed(args, content):
     sensors = encoders_used(args)
     for sensor, embedding in zip(sensors, np.split(x, len(sensors), axis=1)):
         arrays |= {sensor: embedding, f"{sensor}_bands": models.bands_of(patches.bands, sensor)}
-    part = Path(f"{args.embed}.tmp")
     with open(part, "wb") as file:
         np.savez(file, **arrays)
     part.replace(args.embed)
@@ -342,7 +346,8 @@ def retrieve(args, content):
     if not len(unseen):
         raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: "
                              "a split `test`, or its very data and --holdout above 0 there")
-    rows = unseen[::len(unseen) // CANDIDATES + 1]
+    Path(args.retrieve).parent.mkdir(parents=True, exist_ok=True)
+    rows = unseen[::math.ceil(len(unseen) / CANDIDATES)]
     model, scaling = models.load_contrastive(content)
     model.to(args.device)
     x = extract(lambda s1, s2: torch.stack(model(s1, s2), 1), scaling, patches, rows, args,

@@ -62,10 +62,11 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
 
     s1: (N, c1, h, w) int16 in 1/100 dB, -32768 missing, or float in dB, NaN or infinite missing.
     s2: (N, c2, h, w) reflectance x 10,000 + s2_offset, 1,000 in products of processing baseline
-        04.00 (2022) and later, 0 in a store; missing where it is 0 or not finite in all bands.
+        04.00 (2022) and later, 0 in a store; missing where it is 0 or not finite in all bands that
+        are given here.
     bands: {"s1": names, "s2": names} to be checked.
     scale: a key of SCALING. stats, for `standard`: {"s1": {"mean": [dB], "std": [dB]}, "s2": ...}.
-    -> two float32 tensors, finite for any input. ValueError for other bands or an unknown scale.
+    -> two float32 tensors, finite for any input. ValueError for another number of bands or scale.
     """
     s1, s2 = (x if torch.is_tensor(x) else torch.tensor(x) for x in (s1, s2))  # arrays: copied
     for sensor, x in {"s1": s1, "s2": s2}.items():
@@ -73,8 +74,9 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
             raise ValueError(f"{sensor}: {x.shape[1]} channels, not {' '.join(bands[sensor])}")
     if not s1.is_floating_point():
         s1 = torch.where(s1 == MISSING, torch.nan, s1 / 100)
+    s1 = s1.float()
     missing = ~s1.isfinite()
-    s1 = s1.float().masked_fill(missing, -99)  # below all that is clipped
+    s1 = s1.masked_fill(missing, -99)  # below all that is clipped
     s2 = s2.float().nan_to_num(0, posinf=0, neginf=0)
     unseen = (s2 == 0).all(1, keepdim=True)
     s2 = (s2 - s2_offset).clamp(0)
@@ -238,8 +240,9 @@ def resolve_precision(precision, device):
 
 
 def autocast(precision, device):
-    """Context in which networks run."""
+    """Context in which networks run; where that is float32, in full: without TF32."""
     enabled = resolve_precision(precision, device) == "bf16"
+    torch.backends.cudnn.allow_tf32 = enabled
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
@@ -278,6 +281,8 @@ def nt_xent(z1, z2, temperature):
 def mma_similarity(m1, m2):
     """Similarity of feature maps (Windsor et al. 2021) of equal size, which have one shift: cosine
     along the channels, mean over the locations. m1: (N, c, h, w), m2: (M, c, h, w) -> (N, M)."""
+    if m1.shape[1:] != m2.shape[1:]:
+        raise ValueError(f"maps of {[*m1.shape[1:]]} and {[*m2.shape[1:]]}: crop them alike")
     with torch.autocast(m1.device.type, enabled=False):
         return unit(m1).flatten(1) @ unit(m2).flatten(1).T / math.prod(m1.shape[2:])
 
@@ -428,12 +433,15 @@ def load_contrastive(checkpoint):
     """-> (Contrastive in eval mode, scaling for to_input()). Its embeddings are the features where
     the file has no heads. checkpoint: as for load_encoders(). Raises CheckpointError."""
     content = load_checkpoint(checkpoint)
-    heads = content["heads"] if len(content["heads"]) == 2 else {}  # some released weights lack one
-    width = len(heads["s1"]["2.weight"]) if heads else 0
+    heads, width = content["heads"], 0
+    if heads.keys() != content["encoders"].keys():  # some released weights lack one
+        heads = {}
+    for weights in heads.values():
+        width = len(weights["2.weight"])
     model = Contrastive(content["method"], content["bands"], content["arch"], width)
     model.encoders, scaling = load_encoders(content)
     for name, weights in heads.items():
-        model.heads[name].load_state_dict(weights)
+        load_weights(model.heads[name], weights, f"{content['file']}: its head for {name} misfits")
     return model.eval(), scaling
 
 
@@ -453,8 +461,8 @@ def load_classifier(checkpoint):
 
 
 def export(checkpoint, out):
-    """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, of a classifier its last
-    layer, OUT/fc.pt, and OUT/card.json: all that a user must know. -> the state_dicts."""
+    """Write each encoder as a plain state_dict, OUT/s1.pt and OUT/s2.pt, or s1+s2.pt, of a
+    classifier its last layer, OUT/fc.pt, and OUT/card.json: all that a user must know. -> those."""
     content, out = load_checkpoint(checkpoint), Path(out)
     encoders, _ = load_encoders(content)
     weights = {name: encoder.state_dict() for name, encoder in encoders.items()}

@@ -71,8 +71,10 @@ def arguments():
     args.out = Path(args.out or f"runs/{args.method}")
     if args.temperature is None:
         args.temperature = 0.1 if args.method == "mma" else 0.07
-    if not (args.temperature > 0 and 0 <= args.holdout < 1 and args.lr >= 0 and args.seed >= 0):
-        parser.error("--temperature is above 0, --holdout below 1, --lr and --seed not negative")
+    least = min(args.lr, args.seed, args.holdout, args.weight_decay, args.constant_epochs)
+    if least < 0 or args.holdout >= 1 or args.temperature <= 0 or args.crop < 8:
+        parser.error("--temperature is above 0, --holdout below 1, --crop 8 or more; no number is "
+                     "negative")
     return args
 
 
@@ -84,7 +86,10 @@ def join_processes(args):
             raise data.DataError(f"WORLD_SIZE={world}: start it with torchrun, or unset WORLD_SIZE")
         rank = int(os.environ["RANK"])
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= count:
+            raise data.DataError(f"--nproc-per-node: at most {count}, the GPUs of this machine")
+        torch.cuda.set_device(local)
     refuse_unfit(args, world)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
@@ -105,10 +110,11 @@ def meeting(rank):
 def refuse_unfit(args, world):
     """DataError for options that would spoil a run, or slow it down, without a word."""
     size, micro = args.batch_size, args.micro_batch
-    if size == 1 or size % world:
-        raise data.DataError(f"--batch-size {size}: choose 2 or more, since a loss needs other "
-                             f"places, and a multiple of the number of processes, {world}")
     n = size // world
+    if size == 1 or size % world or (n == 1 and args.device == "cpu"):
+        raise data.DataError(f"--batch-size {size}: choose 2 or more, on CPUs for each process, as "
+                             "a loss and batch norm need other places, and a multiple of the "
+                             f"number of processes, {world}")
     if micro and 1 in (micro, n % micro):
         raise data.DataError(f"--micro-batch {micro}: leaves batch norm a single pair of {n}: "
                              f"choose a divisor of {n} above 1")
@@ -141,11 +147,12 @@ def open_patches(args):
 def facts_of(args, patches, rows, world):
     """What a checkpoint says of the whole run; it goes on with the same `args` alone."""
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
+    own_batch_norm = args.device == "cpu" or args.micro_batch  # else that of the global batch
     settings |= {
         "precision": models.resolve_precision(args.precision, args.device),
         "bands": patches.bands["s1"] + patches.bands["s2"],
         "data": patches.identity,  # wherever it lies
-        "processes": world if args.device == "cpu" else None}  # each has its own batch norm
+        "processes": world if world > 1 and own_batch_norm else None}
     source = {"path": args.data, "pairs": len(rows), "identity": patches.identity}
     return {"method": args.method, "arch": args.arch, "scale": args.scale, "bands": patches.bands,
             "classes": patches.classes, "simulated": patches.simulated, "data": source,
@@ -447,7 +454,7 @@ def train(args):
         logs = epoch_ends or step % args.log_every == 0
         if logs or world == 1 or step % AGREE_EVERY == 0:
             stop = gather(torch.tensor(caught[-1:]), world).max().item()
-        if logs or stop:  # the only places where the host waits for the device
+        if logs or stop:  # only here does the host wait for the device, but for SyncBatchNorm
             loss = loss.item()
             refuse_infinite(loss, model, step)
         if logs and rank == 0:

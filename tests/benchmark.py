@@ -398,7 +398,7 @@ def probes():
         of_first, of_second = np.eye(8)[first[row]], np.eye(8)[second[row]]
         multi = np.maximum((share < 0.9) * of_first, (share > 0.1) * of_second).astype(np.float32)
         single = np.where(share < 0.5, of_first, of_second).astype(np.float32)
-        return {"x": x, "single": single, "multi": multi, "row": row}, first
+        return {"x": x, "single": single, "multi": multi, "row": row, "scene": row}, first
 
     print(machine())
     (train, labels), (test, _) = made_up(986), made_up(1000)

@@ -265,10 +265,10 @@ def test_to_input(seed):
 
 
 def test_what_is_not_finite_is_missing():
-    s1, s2 = torch.full((1, 2, 3, 3), -12.0), torch.full((1, 13, 3, 3), 700.0)
+    s1, s2 = (torch.full((1, bands, 3, 3), value, dtype=torch.float64) for bands, value in ((2, -12), (13, 700)))
     stats = {"s1": {"mean": [-12.5, -19], "std": [0.1, 0.1]},
              "s2": {"mean": [900] * 13, "std": [0.1] * 13}}
-    for value in (float("nan"), float("inf"), float("-inf")):
+    for value in (float("nan"), float("inf"), float("-inf"), 1e39):  # the last is not finite in float32
         s1[0, 0, 0, 0] = s2[0, 4, 1, 1] = value
         for scale in models.SCALING:
             a, b = models.to_input(s1, s2, scale, stats)

@@ -133,7 +133,7 @@ def test_a_step_of_pretraining_and_the_look_up_stay_on_the_gpu(method, scale, re
 def test_fine_tuning_scores_and_maps_stay_on_the_gpu(method, task, scale, tmp_path):
     bands, stats = bands_of(method)
     scaling = {"scale": scale, "stats": stats}
-    patches = SimpleNamespace(bands=bands, size=[CROP, CROP], labels=np.zeros(N), classes=models.CLASSES)
+    patches = SimpleNamespace(bands=bands, size=[CROP, CROP], labels=np.zeros(N), classes=models.CLASSES, scenes=["0"] * N)
     args = SimpleNamespace(device=GPU, precision="bf16", lr=1, classifier_lr=1, weight_decay=0, drop_epoch=1, epochs=1,
                            crop=CROP, batch_size=N, threads=1, results=tmp_path, checkpoint=None, method=method)
     with GPU:
@@ -148,8 +148,8 @@ def test_fine_tuning_scores_and_maps_stay_on_the_gpu(method, task, scale, tmp_pa
 
 @pytest.mark.filterwarnings("ignore:Mean of empty slice", "ignore:invalid value encountered")
 @pytest.mark.parametrize("task", ["single", "multi"])
-@pytest.mark.parametrize("width", [3, 40])  # fewer and more than crops, see principal_axes()
+@pytest.mark.parametrize("width", [3, 40])  # fewer and more than crops
 def test_the_probe_stays_on_the_gpu(task, width):
-    crops = {"x": np.ones((16, width), np.float32), "row": np.arange(16), task: np.eye(2, dtype=np.float32)[[0, 1] * 8]}
+    crops = {"x": np.ones((16, width), np.float32), "row": np.arange(16), "scene": np.arange(16), task: np.eye(2, dtype=np.float32)[[0, 1] * 8]}
     _, counts = linear_eval.probe(task, crops, crops, np.arange(16), np.arange(16) % 2, 0, GPU)
     assert counts["train_crops"] == 16

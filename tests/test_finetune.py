@@ -161,7 +161,7 @@ def report_of(monkeypatch, folder, lines):
 
 
 SCRATCH = {"protocol": "scratch", "checkpoint": None}
-LINEAR = {"protocol": "linear", "baseline": None, "sensors": "both"}
+LINEAR = {"protocol": "linear", "baseline": None, "sensors": "s1 and s2"}
 LINES = [
     *(result_line(v, 0.7, seed=k) for k, v in enumerate((0.68, 0.70, 0.74))),
     *(result_line(v, 0.6, seed=k, method="late-fusion", **SCRATCH)
@@ -186,11 +186,9 @@ def test_report_has_the_rows_of_the_poster_and_a_spread_over_seeds(tmp_path, mon
         + "- | **71 ± 3** (poster 70: +1) | 70 ± 0 (poster 70) | 3 |",
         "| D-SimCLR, from scratch | " + "30 | " * 7 + "- | 30 | 50 | 1 |"]
     assert "No results." in multi and "|" not in multi
-    assert "| features | sensors | labels | single average |" in linear
-    assert "| D-SimCLR | both | 100 % | 55 | 65 | - | - | 1 |" in linear
-    assert "| D-SimCLR | both | 0.2 % | 35 | 40 | - | - | 1 |" in linear
-    assert "| D-SimCLR | s1 | 100 % | 45 | 50 | - | - | 1 |" in linear
-    assert "| D-SimCLR, random weights | both | 100 % | 20 | 25 | - | - | 1 |" in linear
+    assert [line for line in linear.splitlines() if line.startswith("| ")][2:] == [
+        "| D-SimCLR | single | s1 and s2 | 100 % | 55 | 65 | 1 |", "| D-SimCLR | single | s1 and s2 | 0.2 % | 35 | 40 | 1 |",
+        "| D-SimCLR | single | s1 | 100 % | 45 | 50 | 1 |", "| D-SimCLR, random weights | single | s1 and s2 | 100 % | 20 | 25 | 1 |"]
     assert "SIMULATED" not in text
     assert (tmp_path / "label_fraction.png").stat().st_size > 5000
 
@@ -212,16 +210,20 @@ def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
 
 
 def test_rows_of_a_table_that_differ_in_crop_scale_or_data_say_so(tmp_path, monkeypatch):
+    rows = report_of(monkeypatch, tmp_path, [result_line(0.5), result_line(0.6, **SCRATCH, method="late-fusion", args={"lr": 1, "epochs": 9})])
+    assert "| LateFusion [epochs 9, lr 1] | 60 " in rows and "| D-SimCLR [lr 1e-05] | 50 " in rows
     lines = [result_line(0.5, args={"crop": 24, "scale": "fixed"}), result_line(0.6, method="mma", args={"crop": 32, "scale": "fixed"}),
              result_line(0.7, **LINEAR, args={"scale": "fixed"}), result_line(0.4, **LINEAR, method="mma", data="e", args={"scale": "fixed"})]
     text = report_of(monkeypatch, tmp_path, lines)
     assert "| D-SimCLR [crop 24] | 50 " in text and "| MMA [crop 32] | 60 " in text
-    assert "| D-SimCLR [data d] | both | 100 % | 70 " in text and "| MMA [data e] | both | 100 % | 40 " in text
+    assert "| D-SimCLR [data d] | single | s1 and s2 | 100 % | 70 " in text
+    assert "| MMA [data e] | single | s1 and s2 | 100 % | 40 " in text
 
 
 def test_a_probe_table_tells_the_seeds_of_either_task(tmp_path, monkeypatch):
-    lines = [result_line(0.5, seed=seed, **LINEAR) for seed in range(3)] + [result_line(0.5, task="multi", **LINEAR)]
-    assert "| D-SimCLR | both | 100 % | 50 ± 0 | 50 ± 0 | 50 | 50 | 3; 1 |" in report_of(monkeypatch, tmp_path, lines)
+    lines = [result_line(0.5, seed=seed, **LINEAR) for seed in range(3)] + [result_line(0.4, task="multi", **LINEAR)]
+    text = report_of(monkeypatch, tmp_path, lines)
+    assert "| D-SimCLR | single | s1 and s2 | 100 % | 50 ± 0 | 50 ± 0 | 3 |\n| D-SimCLR | multi | s1 and s2 | 100 % | 40 | 50 | 1 |" in text
 
 
 def test_classes_of_ones_own_have_their_own_tables_and_no_poster(tmp_path, monkeypatch):

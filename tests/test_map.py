@@ -518,6 +518,9 @@ def test_last_layers_that_do_not_fit_are_named(tmp_path):
             models.load_classifier(tmp_path / "bad.pt")
 
 
-def test_a_process_makes_a_map(scene, tmp_path):
+def test_a_process_makes_a_map_which_has_no_overviews_of_the_one_before(scene, tmp_path):
+    for ending in (".ovr", ".aux.xml"):
+        Path(f"{tmp_path}/map.tif{ending}").write_text("of another map")
     done = user("finetune.py", *map_options(tmp_path))
     assert done.returncode == 0 and "wrote" in done.stdout
+    assert not [*tmp_path.glob("map.tif.*")]

@@ -103,6 +103,8 @@ def test_mma_similarity_is_the_one_shift_of_the_correlation():
     m1, m2 = torch.randn(2, 4, 8, 3, 3, dtype=torch.float64)
     shifted = F.conv2d(F.normalize(m1, dim=1), F.normalize(m2, dim=1)).amax((2, 3)) / 9
     assert torch.allclose(models.mma_similarity(m1, m2), shifted, rtol=1e-12)
+    with pytest.raises(ValueError, match=r"maps of \[8, 3, 3\] and \[8, 1, 9\]"):
+        models.mma_similarity(m1, m2.reshape(4, 8, 1, 9))
 
 
 def test_retrieval_does_not_find_what_is_tied_or_collapsed():
@@ -153,6 +155,7 @@ def test_autocast_can_be_asked_for_any_device(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA here")
     assert not models.autocast("float32", torch.device(device))._enabled
+    assert not torch.backends.cudnn.allow_tf32  # float32 is float32
     assert models.autocast("bf16", torch.device(device)).fast_dtype == torch.bfloat16
     models.autocast("auto", torch.device(device))
 
@@ -193,6 +196,21 @@ def test_a_checkpoint_gives_back_the_encoders_and_what_was_said_of_them(tmp_path
     content = models.load_checkpoint(path)
     assert not content["simulated"] and content["classes"] == ["dry", "flooded"]
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("method", ["d-simclr", "mma", "simclr-rgb"])
+def test_a_checkpoint_gives_back_the_embeddings_or_one_line(method, tmp_path):
+    model = write(tmp_path / "last.pt", method).eval()
+    inputs = torch.rand(2, 2, 32, 32), torch.rand(2, 13, 32, 32)
+    if method == "simclr-rgb":
+        inputs = torch.rand(2, 2, 13, 32, 32)
+    loaded, _ = models.load_contrastive(tmp_path / "last.pt")
+    assert all(map(torch.equal, loaded(*inputs), model(*inputs)))
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    for head in content["heads"].values():
+        head["0.weight"] = head["0.weight"][:3]
+        torch.save(content, tmp_path / "bad.pt")
+        assert "bad.pt: its head for s" in refusal(tmp_path / "bad.pt", models.load_contrastive)
 
 
 def test_both_files_that_can_be_copied_alone_name_the_same_classes():

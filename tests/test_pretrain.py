@@ -1,4 +1,6 @@
 """Pretraining as a user runs it: every method, equal bits, killed, stopped, broken files, several processes."""
+import errno
+import fcntl
 import functools
 import hashlib
 import json
@@ -278,7 +280,8 @@ def test_simclr_asks_for_three_bands_where_colours_are_missing(four_bands, refus
     (["--batch-size", 65], "only 48 pairs"), (["--crop", 41], "--crop 41"),
     (["--epochs", 0], "0 is not above 0"), (["--temperature", 0], "--temperature is above 0"),
     (["--data", "nowhere"], "SEN12MS"), (["--data", ROOT], "data.py pack"), (["--threads", 0], "0 is not above 0"),
-    (["--batch-size", 1], "--batch-size 1: choose 2 or more, since a loss needs other places"),
+    (["--batch-size", 1], "--batch-size 1: choose 2 or more, on CPUs for each process, as a loss"),
+    (["--weight-decay", -1], "no number is negative"), (["--constant-epochs", -1], "negative"), (["--crop", 7], "--crop 8 or more"),
     (["--micro-batch", 7], "--micro-batch 7: leaves batch norm a single pair of 8: choose a divisor of 8"),
     (["--micro-batch", 1], "--micro-batch 1: leaves"),
     (["--crop", 16, "--precision", "bf16"], "--crop 16: on a CPU bf16 gradients of a ResNet are wrong up to 16 px"),
@@ -291,7 +294,8 @@ def test_bad_arguments_get_one_clear_line(refusal, arguments, words):
 @pytest.mark.parametrize("environment, arguments, words", [
     ({"WORLD_SIZE": "2"}, [], "WORLD_SIZE=2: start it with torchrun"),
     ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1"}, [], "WORLD_SIZE=2: start"),
-    ({}, ["--batch-size", 7], "since a loss needs other places, and a multiple of the number of processes, 2"),
+    ({}, ["--batch-size", 7], "a multiple of the number of processes, 2"),
+    ({}, ["--batch-size", 2], "2 or more, on CPUs for each process, as a loss and batch norm need other places"),
     ({}, ["--micro-batch", 3], "--micro-batch 3: leaves batch norm a single pair of 4")])
 def test_several_processes_that_cannot_work_are_refused_before_they_meet(
         refusal, monkeypatch, environment, arguments, words):
@@ -633,6 +637,22 @@ def plain_gradients(method):
     loss = model.loss(*embeddings, 0.1)
     loss.backward()
     return loss.detach(), embeddings[0].detach(), [weight.grad for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("device, micro, world, processes", [
+    ("cpu", None, 1, None), ("cpu", None, 2, 2), ("cuda", None, 8, None), ("cuda", 5, 8, 8), ("cuda", 5, 1, None)])
+def test_a_run_goes_on_with_as_many_processes_where_each_has_its_own_batch_norm(device, micro, world, processes):
+    args = SimpleNamespace(method="mma", arch="resnet18", scale="fixed", precision="bf16", device=device, micro_batch=micro, data="s")
+    patches = SimpleNamespace(bands={"s1": ["VV"], "s2": ["B2"]}, classes=[], simulated=True, identity="1", stats=lambda rows: None)
+    assert pretrain.facts_of(args, patches, [1], world)["args"]["processes"] == processes
+
+
+def test_a_drive_that_locks_nothing_is_one_line(monkeypatch):
+    def flock(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with open(os.devnull) as file, pytest.raises(data.DataError, match="runs/x: cannot be locked .No locks available.: mount it with flock"):
+        data.lock(file, "runs/x")
 
 
 def gradients_in_a_process(environment, cases, path):
