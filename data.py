@@ -46,8 +46,8 @@ SPLITS = {"train": "train", "val": "validation", "validation": "validation", "te
 TRAINED_ON = ["train", "validation"]  # DFC2020's training part is called validation
 STATISTICS = ["count", "mean", "variance", "lowest", "highest"]  # of the pixels that are there
 STORE_FORMAT = 5
-# Scale and offset that S2 is tagged with, and what they say was added to it; where B10 does not
-# tell, None is asked for.
+# Scale and offset that S2 is tagged with, and what they say was added to it; 0 unless B10 shows
+# otherwise; None: as B10 shows, or else the user is asked.
 ADDED = {(1, 0): None, (1e-4, 0): 0, (1e-4, -0.1): 1000, (1, -1000): 1000}
 # Bands of which the first is brighter than the second by nature, so that their order is wrong where
 # it is not; the third must be there, too, since Landsat's B10 is heat. Last, for the mend, the
@@ -55,7 +55,7 @@ ADDED = {(1, 0): None, (1e-4, 0): 0, (1e-4, -0.1): 1000, (1, -1000): 1000}
 BRIGHTER = {"s1": ("VV", "VH", "VV", "'VH', 'VV'"),
             "s2": ("B9", "B10", "B8A", "'B1', ..., 'B8A'")}
 LOWEST = {"s1": -100, "s2": 0}  # what is below is no dB, no reflectance, but stands for no data
-SURVEY = 32  # lines of a scene by which it is judged, at least, and how far apart they lie at most
+SURVEY = 32  # a scene is judged by one of so many lines, a low one by at least so many
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
 PLAIN = re.compile(r"(?:(.*?)/)??(s1|s2|classes)/(.*)\.(?:tiff?|vrt)", re.IGNORECASE)
@@ -109,7 +109,7 @@ def band_name(text):
 def band_of_file(vrt, number):
     """The band in the name of the file behind a band of a VRT, or "" for none or several."""
     source = str(vrt.tags(number, ns="vrt_sources"))
-    name = band_name("".join(re.findall("([^/>]*)</SourceFilename", source)))
+    name = band_name(" ".join(re.findall("([^/>]*)</SourceFilename", source)))
     return name if BAND.fullmatch(name) else ""
 
 
@@ -128,8 +128,9 @@ class Raster:
 
     bands: names of those to read, in their order; None: the only one, of a class map, for read()
     alone. offset: of S2, beside reflectance x 10,000; None: judge() finds it. order: the bands of a
-    file that names none, as a legend.json (Patches.stored) says; None: of the product that has as
-    many, or else `bands`. tif: the open file. numbers: of the bands in it. Raises DataError.
+    file that names none, as a legend.json (Patches.stored) says; of a product, or None: those of
+    the product that has as many, with None or else `bands`. tif: the open file. numbers: of the
+    bands in it. Raises DataError.
     """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
@@ -191,7 +192,7 @@ class Raster:
 
     def judge(self, image, there):
         """DataError for what is not in its unit; else set self.offset, that of S2, as a tag of the
-        file or cirrus shows it: products since 2022 hold reflectance x 10,000 + 1,000."""
+        file or cirrus shows it: from baseline 04.00 (2022) on products hold 1,000 more."""
         if not there.any():
             return
         seen = image.reshape(len(image), -1) if there.all() else image[:, there]  # a view is fast
@@ -223,8 +224,9 @@ class Raster:
         self.judged = True
 
     def told_by_cirrus(self, seen, offset):
-        """-> the offset as B10 shows it, whether it is asked for or not: clear air sends some 10 of
-        10,000 back. offset: what holds where it shows nothing, or None to ask for it."""
+        """-> the offset as B10 shows it, be it among the bands or in the file alone: clear air
+        sends some 10 of 10,000 back. offset: what holds where it shows nothing; None: the user
+        must say."""
         cirrus = np.zeros(0)
         if "B10" in self.bands:
             cirrus = seen[self.bands.index("B10")]
@@ -240,12 +242,14 @@ class Raster:
                 return 1000
         if offset is None:
             raise DataError(f"{self.name}: without B10 where it is clear it cannot be told if 1,000"
-                            " was added, as since 2022: say --s2-offset (offset=) 0 or 1000")
+                            " was added, as from baseline 04.00 (2022) on, unless harmonised: say "
+                            "--s2-offset (offset=) 0 or 1000")
         return offset
 
     def doubt(self, image, there):
         """Say what is odd about a scene; DataError where its bands have no names and cannot be in
-        the order in which they are taken: SNAP writes VH first, and B8A is often last."""
+        the order in which they are taken: SNAP writes VH first, and B8A is often last (of 13: the
+        12 of L2A show nothing)."""
         if self.sensor == "s2" and there.any() and image[:, there].max() <= 255:
             print(f"{self.name}: S2 is never above 255: is it reflectance x 10,000?")
         bright, dark, needed, order = BRIGHTER[self.sensor]
@@ -258,8 +262,8 @@ class Raster:
                             f"its bands: {mend}")
 
     def survey(self):
-        """read() of every 32nd line, see SURVEY, and of more of a small raster."""
-        step = min(SURVEY, math.ceil(self.tif.height / SURVEY))
+        """read() of some lines, see SURVEY."""
+        step = max(1, min(SURVEY, self.tif.height // SURVEY))
         tops = range(0, self.tif.height, step)
         lines = [self.read(Window(0, top, self.tif.width, 1)) for top in tops]
         return [np.concatenate(parts, -2) for parts in zip(*lines)]
@@ -301,8 +305,8 @@ def refuse_other_grid(one, other):
                   f"corners up to {apart:.4g} px apart")
     if differ:
         raise DataError(f"{Path(one.name).name}, {Path(other.name).name}: not on one grid: {differ}"
-                        f": rio warp {one.name} WARPED.tif --like {other.name} --resampling "
-                        "bilinear")
+                        f": classes by nearest, images: rio warp {one.name} WARPED.tif --like "
+                        f"{other.name} --resampling bilinear")
 
 
 def place_of(name):
@@ -611,11 +615,10 @@ class Patches:
     """N co-registered patches of one size in a store; a bad one has a row that no list of rows has.
 
     ids, scenes: lists of str. splits: (N,) a season, `train`, `validation`, `test` or "". rows: of
-    the good patches. labels: (N,) most frequent class of the patch, 255 where most pixels have
-    none; None without class maps. size: [H, W]. bands: {"s1": names, "s2": names} as selected.
-    classes: names.
-    left_out: {id: reason}. identity: 12 hexadecimal digits, others for other patches, pixels or
-    options of packing.
+    the good patches. labels: (N,) most frequent class of the patch, 255 if none is more frequent,
+    or for a bad patch; None without class maps. size: [H, W]. bands: {"s1": names, "s2": names} as
+    selected. classes: names. left_out: {id: reason}. identity: 12 hexadecimal digits, others for
+    other patches, pixels or options of packing.
     """
 
     def __init__(self, path, bands=None):

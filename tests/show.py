@@ -67,13 +67,14 @@ def small(raster):
     """-> all bands of a raster, at most some 1,500 px a side."""
     shrink = max(1, *(side / 1500 for side in raster.shape))
     height, width = (math.ceil(side / shrink) for side in raster.shape)
-    return raster.read(out_shape=(raster.count, height, width))
+    return raster.read(out_shape=(raster.count, height, width), masked=True)
 
 
 def draw_scene(axis, path, s2_offset):
     """Sentinel-2 in colours, or Sentinel-1, which is below 0 somewhere, in grey."""
     with rasterio.open(path) as raster:
-        image, bands = np.nan_to_num(small(raster)), [data.band_name(text) for text in raster.descriptions]
+        image, bands = small(raster).filled(0), [data.band_name(text) for text in raster.descriptions]
+    image = np.nan_to_num(image)
     products = {len(names): names for names in (data.S1_BANDS, data.L2A_BANDS, data.S2_BANDS)}
     if "" in bands:
         bands = products.get(len(bands), [f"band {number + 1}" for number in range(len(bands))])
@@ -89,7 +90,7 @@ def draw_map(path, scene):
     """-> figure of a map with its legend, of several labels the most probable one; beside it the
     scene, if it is given."""
     with rasterio.open(path) as tif:
-        values, tags = small(tif), tif.tags()
+        values, tags = small(tif).data, tif.tags()
     if "class_1" not in tags:
         raise data.DataError(f"{path}: not a map of finetune.py --map")
     count = sum(key.startswith("class_") for key in tags)
