@@ -9,8 +9,7 @@
 
 Every layer is trained, on random crops of the splits `train` and `validation`, patches repeated to
 balance the classes; the last epoch is tested on crops that cover each patch of the split `test`. A
-finished run is one line of results.jsonl and is not repeated; the last loss of each epoch is in
-log.jsonl.
+finished run is one line of results.jsonl and is not repeated; log.jsonl has each epoch's last loss.
 """
 import itertools
 import json
@@ -34,7 +33,6 @@ from linear_eval import TITLES
 HEADINGS = {"single": ("Single-label classification, accuracy", "OA"),
             "multi": ("Multi-label classification, F1", "O-F1")}
 SCORES = ("average", "overall")
-PROBED = ("task", "sensors", "label_fraction")
 # Scheibenreif, Mommert, Borth 2022: average and overall in percent.
 POSTER = {
     "single": {"only-s1": (57, 62), "only-s2": (57, 62), "early-fusion": (62, 66),
@@ -115,6 +113,9 @@ def is_done(settings, results, path):
 
 def evaluate(args, content):
     """Train and test a classifier per seed, task and label fraction: a result line each."""
+    if args.batch_size == 1 or min(args.lr, args.classifier_lr, args.weight_decay) < 0:
+        raise data.DataError("--batch-size: 2 or more, as batch norm needs others; no rate and no "
+                             "decay is negative")
     patches, train_rows, test_rows, scaling = linear_eval.open_labelled(args, content)
     if reason := models.spoilt_gradients(args.method, args.crop, args.precision, args.device):
         raise data.DataError(reason)
@@ -237,7 +238,7 @@ def probe_table(lines):
     """Frozen encoders: rows by features, task, sensors used and share of labels."""
     rows = []
     for title, group in table_rows(lines).items():
-        kinds = grouped(group, lambda line: tuple(line[key] for key in PROBED))
+        kinds = grouped(group, lambda run: (run["task"], run["sensors"], run["label_fraction"]))
         for (task, sensors, fraction), runs in sorted(kinds.items(), reverse=True):
             cells = [percent(line[name] for line in runs) for name in SCORES]
             rows.append([title, task, sensors, f"{100 * fraction:g} %", *cells, len(runs)])

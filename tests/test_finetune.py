@@ -258,6 +258,9 @@ def test_bf16_on_a_cpu_with_crops_whose_gradients_are_wrong_is_refused(tmp_path,
     for method, crop, precision, refused in (("only-s2", 16, "bf16", True), ("mma", 16, "bf16", False),
                                              ("only-s2", 17, "bf16", False), ("only-s2", 16, "float32", False)):
         assert bool(models.spoilt_gradients(method, crop, precision, "cpu")) == refused
+    for options in (["--batch-size", 1], ["--lr", -1], ["--weight-decay", -1]):
+        with pytest.raises(data.DataError, match="--batch-size: 2 or more, .*; no rate and no decay is negative"):
+            call(monkeypatch, finetune, "--data", labelled, "--results", tmp_path, *options)
     with pytest.raises(data.DataError, match="--crop 16: on a CPU bf16 gradients"):
         call(monkeypatch, finetune, "--method", "only-s2", "--data", labelled, "--crop", 16, "--precision", "bf16",
              "--results", tmp_path)
