@@ -431,7 +431,7 @@ def read_options(parser):
     if "epoch" in content and content["epoch"] < content["args"]["epochs"]:
         print(f"{args.checkpoint}: {content['epoch']} of {content['args']['epochs']} epochs")
     held = {name: content[name] for name in ("method", "arch", "scale")}
-    held["bands"] = [*itertools.chain(*content["bands"].values())]
+    held["bands"] = content["bands"]["s1"] + content["bands"]["s2"]
     # Read once more with the checkpoint's values as defaults: what differs now was typed.
     parser.set_defaults(**held, crop=content["args"].get("crop", args.crop))
     args = parser.parse_args()
