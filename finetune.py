@@ -148,8 +148,7 @@ def keep(path, model, scaling, settings, scores, stored):
     needed = ("method", "arch", "bands", "crop", "classes", "simulated", "task", "args")
     content = {key: every[key] for key in needed} | scaling
     content["scores"] = {name: float(scores[name]) for name in SCORES}
-    content["stored"] = stored  # bands of the files that it learnt from
-    models.save_checkpoint(path, model, **content, run=settings)
+    models.save_checkpoint(path, model, **content, run=settings, stored=stored)
 
 
 def row_title(line):
@@ -157,9 +156,9 @@ def row_title(line):
     title = TITLES[line["method"]]
     if line["protocol"] == "scratch" and models.METHODS[line["method"]]["pretrained"]:
         return f"{title}, from scratch"
-    if line.get("baseline") == "random":
-        return f"{title}, random weights"
-    return ORDER[-1] if line.get("baseline") else title
+    if line.get("baseline"):
+        title = f"{title}, random weights" if line["baseline"] == "random" else ORDER[-1]
+    return f"{title}, {line['sensors']} alone" if line.get("sensors") in ("s1", "s2") else title
 
 
 def grouped(lines, key):
@@ -195,11 +194,11 @@ def table_rows(lines):
     return rows
 
 
-def percent(values):
+def percent(values, digits=0):
     """Mean ± standard deviation over seeds, rounded as on the poster."""
     values = [100 * value for value in values if value is not None]
-    spread = f" ± {np.std(values, ddof=1):.0f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.0f}{spread}" if values else "-"
+    spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{spread}" if values else "-"
 
 
 def markdown(header, rows):
@@ -234,16 +233,15 @@ def main_table(lines, task, classes, beside_poster):
     return f"### {heading}, %\n\n{markdown(['', *classes, 'Average', pooled, 'seeds'], rows)}"
 
 
-def probe_table(lines):
-    """Frozen encoders: rows by features, task, sensors used and share of labels."""
+def share_table(heading, lines):
+    """Scores by row, task and share of the labels, as Markdown."""
     rows = []
     for title, group in table_rows(lines).items():
-        kinds = grouped(group, lambda run: (run["task"], run["sensors"], run["label_fraction"]))
-        for (task, sensors, fraction), runs in sorted(kinds.items(), reverse=True):
-            cells = [percent(line[name] for line in runs) for name in SCORES]
-            rows.append([title, task, sensors, f"{100 * fraction:g} %", *cells, len(runs)])
-    header = ["features", "task", "sensors", "labels", *SCORES, "seeds"]
-    return f"### Frozen encoders, linear classifier, %\n\n{markdown(header, rows)}"
+        kinds = grouped(group, lambda line: (line["task"], line["label_fraction"]))
+        for (task, fraction), runs in sorted(kinds.items(), reverse=True):
+            cells = [percent((line[name] for line in runs), 1) for name in SCORES]
+            rows.append([title, task, f"{100 * fraction:g} %", *cells, len(runs)])
+    return f"### {heading}, %\n\n{markdown(['', 'task', 'labels', *SCORES, 'seeds'], rows)}"
 
 
 def draw_fractions(axis, lines, beside_poster):
@@ -261,7 +259,7 @@ def draw_fractions(axis, lines, beside_poster):
             averages = [100 * line["average"] for line in runs]
             shares.append(100 * fraction)
             means.append(np.mean(averages))
-            spreads.append(np.std(averages, ddof=len(runs) > 1))
+            spreads.append(np.std(averages, ddof=1) if len(runs) > 1 else math.nan)
         marker, colour, _ = CURVES[group[0]["method"]]
         axis.errorbar(shares, means, spreads, color=colour, marker=marker, capsize=3, label=title)
     axis.set(xscale="log", xlabel="labelled training data, %", ylabel="average accuracy, %")
@@ -270,7 +268,7 @@ def draw_fractions(axis, lines, beside_poster):
 
 
 def report_part(axis, lines, classes, simulated):
-    """Draw the figure of all results with these classes -> their three tables."""
+    """Draw the figure of all results with these classes -> their four tables."""
     published = classes == tuple(data.CLASSES)
     beside_poster = published and not simulated
     title = "Classes of DFC2020" if published else ", ".join(classes)
@@ -281,7 +279,9 @@ def report_part(axis, lines, classes, simulated):
     warning = "SIMULATED data, " if simulated else ""
     axis.set_title(f"{warning}{title}, single-label", fontsize=10)
     tables = [main_table(trained, task, classes, beside_poster) for task in HEADINGS]
-    return "\n".join([f"## {title}{note}\n", *tables, probe_table(probed)])
+    tables += [share_table("All layers trained, by share of the labels", trained),
+               share_table("Frozen encoders, linear classifier", probed)]
+    return "\n".join([f"## {title}{note}\n", *tables])
 
 
 def report(folder):
