@@ -242,7 +242,7 @@ def resolve_precision(precision, device):
 def autocast(precision, device):
     """Context in which networks run; where that is float32, in full: without TF32."""
     enabled = resolve_precision(precision, device) == "bf16"
-    torch.backends.cudnn.allow_tf32 = enabled
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = enabled, False
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 

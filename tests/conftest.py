@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 import data
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # bits and processes are compared on the CPU
+if not any("test_gpu" in word for word in sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bits and processes are compared on the CPU
 BACKGROUND = ThreadPoolExecutor(1)
 CONTEXT = multiprocessing.get_context("forkserver")  # imports torch once for all that tests start
 CONTEXT.set_forkserver_preload(["torch", "torchvision.transforms.v2", "matplotlib.pyplot",
