@@ -1,9 +1,8 @@
 """Train and test the seven rows of the tables: four from scratch, three from pretrained encoders.
 
-    python finetune.py --method late-fusion --data STORE --task single multi
+    python finetune.py --method late-fusion --data STORE --task single multi --save DIR
     python finetune.py --checkpoint runs/d-simclr/last.pt --data STORE --label-fraction 0.1
     python finetune.py --report results      # tables.md and label_fraction.png, beside the poster's
-    python finetune.py --method late-fusion --data STORE --save DIR       # keep what was trained
     python finetune.py --map OUT.tif --classifier DIR/late-fusion_single_1_seed0.pt \
         --s1 S1.tif --s2 S2.tif              # classes of a whole scene
 
@@ -51,7 +50,8 @@ ORDER = [*TITLES.values(), "Band means and sd"]  # of a table's rows, the poster
 # What each row of a table has of its own; in what else they differ, they say.
 OWN = {"method", "checkpoint", "bands"}
 # What a run was made with, beside what linear_eval.py tells of its own:
-OPTIONS = ("epochs", "batch_size", "lr", "classifier_lr", "weight_decay", "drop_epoch")
+OPTIONS = ("epochs", "same_steps", "drop_epoch", "batch_size", "lr", "classifier_lr",
+           "weight_decay")
 STRIP = 256  # px of a map that are made at a time
 NO_DATA = 255  # in a map
 # Of the classes in their order, as in data.CLASSES; from the ninth on again.
@@ -72,16 +72,17 @@ def task_loss(task, logits, classes):
     return (loss * has).sum() / has.sum().clamp(1)
 
 
-def train(model, scaling, patches, rows, task, seed, args, name):
-    """Fit a classifier to random crops of the patches `rows`, repeats included. DataError where the
-    loss is not finite."""
+def train(model, scaling, patches, rows, task, seed, args, name, times=1):
+    """Fit a classifier to random crops of the patches `rows`, repeats included, in `times` as many
+    epochs as args says. DataError where the loss is not finite."""
     model.to(args.device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.Adam(
         [{"params": model.encoders.parameters(), "lr": args.lr},
          {"params": model.fc.parameters(), "lr": args.classifier_lr}],
         weight_decay=args.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [args.drop_epoch], 0.1)
-    for epoch in tqdm(range(args.epochs), name, unit="epoch", leave=False, delay=1):
+    epochs, drop_epoch = round(times * args.epochs), round(times * args.drop_epoch)
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [drop_epoch], 0.1)
+    for epoch in tqdm(range(epochs), name, unit="epoch", leave=False, delay=1):
         batches = data.random_crops(rows, patches.size, args.crop, args.batch_size, seed, epoch)
         feed = data.loader(patches, batches, args.crop, args.device, args.threads, classes=True)
         for s1, s2, classes, _ in feed:
@@ -131,7 +132,8 @@ def evaluate(args, content):
         encoders = linear_eval.make_encoders(args, content, patches, seed)
         model = models.Classifier(encoders, len(patches.classes))
         name = f"{args.method} {task} {100 * fraction:g} % seed {seed}"
-        train(model, scaling, patches, train_rows[chosen], task, seed, args, name)
+        times = 1 / fraction if args.same_steps else 1
+        train(model, scaling, patches, train_rows[chosen], task, seed, args, name, times)
         crops = linear_eval.extract(model.eval(), scaling, patches, test_rows, args)
         labelled = crops[task].any(1)
         scores = linear_eval.score(task, crops[task][labelled], crops["x"][labelled])
@@ -254,14 +256,13 @@ def draw_fractions(axis, lines, beside_poster):
     curves = [line for line in lines if line["task"] == "single" and line["method"] in CURVES
               and row_title(line) in TITLES.values()]
     for title, group in table_rows(curves).items():
-        shares, means, spreads = [], [], []
+        points = []
         for fraction, runs in sorted(grouped(group, lambda line: line["label_fraction"]).items()):
             averages = [100 * line["average"] for line in runs]
-            shares.append(100 * fraction)
-            means.append(np.mean(averages))
-            spreads.append(np.std(averages, ddof=1) if len(runs) > 1 else math.nan)
+            spread = np.std(averages, ddof=1) if len(runs) > 1 else math.nan
+            points.append((100 * fraction, np.mean(averages), spread))
         marker, colour, _ = CURVES[group[0]["method"]]
-        axis.errorbar(shares, means, spreads, color=colour, marker=marker, capsize=3, label=title)
+        axis.errorbar(*zip(*points), color=colour, marker=marker, capsize=3, label=title)
     axis.set(xscale="log", xlabel="labelled training data, %", ylabel="average accuracy, %")
     axis.set_xticks(PERCENT, map(str, PERCENT))
     axis.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False)
@@ -409,10 +410,8 @@ def refuse_map(args, part, scene, crop, step):
         raise data.DataError(
             f"{grid.name}: {grid.width} x {grid.height} px, --step {step}: the windows of the "
             f"classifier are {crop} x {crop} px: give a larger scene or a smaller step")
-    used = [args.classifier]
-    for raster in scene.values():
-        used += raster.tif.files  # a VRT has several
-    for path in used:
+    inputs = (raster.tif.files for raster in scene.values())  # of a VRT several
+    for path in (args.classifier, *itertools.chain(*inputs)):
         if Path(path).resolve() in (args.map.resolve(), part.resolve()):
             raise data.DataError(f"--map {args.map}: would overwrite {path}: choose another name")
 
@@ -480,6 +479,7 @@ def main():
     add("--s2-offset", type=int, choices=(0, 1000), help="default: as B10 or a tag shows")
     # As in the released code:
     add("--epochs", type=data.positive, default=200)
+    add("--same-steps", action="store_true", help="epochs / label fraction: as many steps")
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
     add("--classifier-lr", type=float, default=3e-6)
     add("--weight-decay", type=float, default=1e-3)

@@ -137,6 +137,17 @@ def test_both_rates_drop_to_a_tenth_at_the_drop_epoch(labelled, monkeypatch):
     assert np.allclose(rates, [[1e-3, 1e-3]] * 2 + [[1e-4, 1e-4]] * 4)
 
 
+def test_same_steps_with_few_labels(labelled, tmp_path, monkeypatch):
+    drops = watch(monkeypatch, torch.optim.lr_scheduler, "MultiStepLR")
+    for options in ((), ("--same-steps",)):
+        call(monkeypatch, finetune, "--method", "only-s1", "--data", labelled, "--epochs", 3, "--drop-epoch", 2, "--crop", 32,
+             "--label-fraction", 0.25, 1, "--seeds", 1, "--results", tmp_path, "--precision", "float32", *options)
+    runs = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [run["epoch"] for run in runs] == [1, 2, 3, 1, 2, 3, *range(1, 13), 1, 2, 3]
+    assert [milestones for (_, milestones, _), _ in drops] == [[2], [2], [8], [2]]
+    assert len(linear_eval.Results(tmp_path).read()) == 4
+
+
 def test_a_loss_that_is_not_finite_is_named(labelled):
     with pytest.raises(data.DataError, match="a run: the loss is nan after epoch 1: try"):
         fit_some(labelled, [0, 1, 2, 3], 1e30)
