@@ -11,16 +11,16 @@ set -euo pipefail
 sen12ms="" dfc2020="" out=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --sen12ms) sen12ms=$(realpath "${2:?--sen12ms needs a folder}"); shift 2 ;;
-    --dfc2020) dfc2020=$(realpath "${2:?--dfc2020 needs a folder}"); shift 2 ;;
-    --out) out=$(realpath -m "${2:?--out needs a folder}"); shift 2 ;;
+    --sen12ms | --dfc2020 | --out)
+      [ -n "${2:-}" ] || { echo "run_all.sh: $1 needs a folder" >&2; exit 2; }
+      printf -v "${1#--}" %s "$(realpath -m "$2")"; shift 2 ;;
     *) echo "run_all.sh: unknown option $1; see the top of the file" >&2; exit 2 ;;
   esac
 done
 if [ "${sen12ms:+given}" != "${dfc2020:+given}" ]; then
   echo "run_all.sh: give both --sen12ms and --dfc2020, or neither for simulated data" >&2; exit 2
 fi
-cd "$(dirname "$0")"
+cd "$(dirname "$(realpath "$0")")"
 
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")
@@ -51,7 +51,8 @@ run_slot() {  # takes jobs until none is left
   local i status log
   trap 'exit 143' TERM  # once the job in hand has ended: a pretraining saves first
   for ((i = 0; i < ${#jobs[@]}; i++)); do
-    mkdir "$claims/$i" 2> /dev/null || continue
+    mkdir "$claims/$i" 2> /dev/null || { [ -d "$claims/$i" ] && continue; } || {
+      echo "run_all.sh: $claims/$i cannot be made: free space, start again" >&2; exit 2; }
     echo "+ ${jobs[i]}"
     if [ "$slots" -eq 1 ]; then eval "${jobs[i]}"; continue; fi
     log=$out/job-$i.log status=0  # the progress bars of several at a time go to files
@@ -59,9 +60,26 @@ run_slot() {  # takes jobs until none is left
     [ "$status" -eq 0 ] || { tr '\r' '\n' < "$log" | tail -n 3 >&2; exit "$status"; }
   done
 }
+end() {  # all that was started; a job in hand saves first
+  local pid
+  for pid in "${pids[@]}"; do kill -TERM -- -"$pid" 2> /dev/null || true; done
+  wait
+  rm -rf "$claims"
+}
+alone() {  # one command, which ends with this script, too
+  pids=() claims=""
+  trap end EXIT
+  set -m
+  "$@" &
+  set +m
+  pids=($!)
+  wait "${pids[0]}"
+  trap - EXIT
+}
 run_jobs() {
   local slot
-  pids=() claims=$(mktemp -d)  # a folder for each job that a slot has taken
+  pids=() claims=$(mktemp -d "$out/.claims.XXXXXX")  # a folder for each job that a slot has taken
+  trap end EXIT
   set -m  # each slot is a process group, so that a failure or Ctrl-C can end it whole
   for ((slot = 0; slot < slots; slot++)); do
     ( set +m
@@ -70,7 +88,6 @@ run_jobs() {
     pids+=($!)
   done
   set +m
-  trap 'for pid in "${pids[@]}"; do kill -TERM -- -"$pid" 2> /dev/null || true; done; wait; rm -rf "$claims"' EXIT
   for pid in "${pids[@]}"; do wait -n; done  # the first failure ends all
   trap - EXIT
   rm -rf "$claims"
@@ -78,13 +95,13 @@ run_jobs() {
 }
 
 if [ -z "$sen12ms" ]; then
-  [ -e "$out/dfc2020/index.json" ] || python tests/simulate.py "$out/trees" --size 48 --scenes 16 --patches 40 \
+  [ -e "$out/dfc2020/index.json" ] || alone python tests/simulate.py "$out/trees" --size 48 --scenes 16 --patches 40 \
     --dfc-train 64 --dfc-test 48
   sen12ms=$out/trees/sen12ms dfc2020=$out/trees/dfc2020
 fi
 for name in sen12ms dfc2020; do  # a tree is packed once (another one is refused); a store is taken as it is
   if [ ! -e "${!name}/index.json" ]; then
-    python data.py pack "${!name}" "$out/$name"
+    alone python data.py pack "${!name}" "$out/$name"
     printf -v "$name" %s "$out/$name"
   fi
 done
@@ -119,4 +136,4 @@ for method in mma d-simclr late-fusion early-fusion simclr-rgb only-s2 only-s1; 
   esac
 done
 run_jobs
-python finetune.py --report "$out/results"
+alone python finetune.py --report "$out/results"

@@ -19,6 +19,7 @@ import show
 import torch
 from click.testing import CliRunner
 from conftest import CONTEXT, as_main, call, folder, user, watch
+from rasterio.enums import ColorInterp
 from rasterio.rio.main import main_group
 from test_data import GRIDS
 from test_data import write_tif as write_tif_there
@@ -184,27 +185,50 @@ def test_a_map_has_the_grid_the_colours_and_the_names(scene, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("task, classes, beside", [
-    ("single", data.CLASSES, "S2.tif"), ("multi", data.CLASSES, "S1.tif"), ("single", [*"abcdefghij"], None)])
+    ("single", data.CLASSES, ["s2"]), ("multi", data.CLASSES, ["s1", "s2"]), ("single", [*"abcdefghij"], [])])
 def test_a_picture_has_the_values_names_and_colours_of_its_map(task, classes, beside, tmp_path, monkeypatch):
     write_scene(tmp_path)
     write_classifier(tmp_path / "c.pt", task=task, classes=classes)
     values = make_map(monkeypatch, tmp_path)
-    figure = show.draw_map(tmp_path / "map.tif", beside and tmp_path / beside)
+    scene = {sensor: tmp_path / f"{sensor.upper()}.tif" for sensor in beside}
+    figure = show.draw_map(tmp_path / "map.tif", scene)
     *left, right, legend = figure.axes
     expected = np.where(values[0] == 255, 255, values.argmax(0)) if task == "multi" else values[0]
     assert (right.images[0].get_array().filled(255) == expected).all()
     assert [text.get_text() for text in legend.get_yticklabels()] == list(classes)
-    assert right.get_title() == "SIMULATED data LateFusion" and len(left) == bool(beside)
-    assert [axis.get_title() for axis in left] == {"S2.tif": ["Sentinel-2, true colour"],
-                                                   "S1.tif": ["VV of Sentinel-1"]}.get(beside, [])
+    assert right.get_title() == "SIMULATED data LateFusion"
+    titles = {"s1": "VV of Sentinel-1", "s2": "Sentinel-2, true colour"}
+    assert [axis.get_title() for axis in left] == [titles[sensor] for sensor in beside]
     if task == "single":  # the picture has the colours of the file
         with rasterio.open(tmp_path / "map.tif") as tif:
             table = [tif.colormap(1)[number] for number in range(len(classes))]
         drawn = right.images[0].cmap(range(len(classes)), bytes=True)
         assert drawn.tolist() == list(map(list, table))
     call(monkeypatch, show, tmp_path / "map.tif", tmp_path / "map.png",
-         *(("--scene", tmp_path / beside) if beside else ()))
+         *itertools.chain(*((f"--{sensor}", path) for sensor, path in scene.items())))
     assert (tmp_path / "map.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_a_picture_of_a_scene_believes_its_file_and_overwrites_no_scene(tmp_path, monkeypatch):
+    _, s2 = write_scene(tmp_path)
+    write_classifier(tmp_path / "c.pt")
+    make_map(monkeypatch, tmp_path)
+    true_colour = show.draw_map(tmp_path / "map.tif", {"s2": tmp_path / "S2.tif"}).axes[0].images[0].get_array()
+    alpha = np.full((1, *s2.shape[1:]), 65535, s2.dtype)
+    write_tif(tmp_path / "alpha.tif", np.concatenate((s2, alpha)))  # as gdalwarp -dstalpha does
+    with rasterio.open(tmp_path / "alpha.tif", "r+") as tif:
+        tif.colorinterp = [*tif.colorinterp[:-1], ColorInterp.alpha]
+    axis = show.draw_map(tmp_path / "map.tif", {"s2": tmp_path / "alpha.tif"}).axes[0]
+    assert axis.get_title() == "Sentinel-2, true colour" and np.array_equal(axis.images[0].get_array(), true_colour)
+    write_tif(tmp_path / "two.tif", s2[:2])
+    assert show.draw_map(tmp_path / "map.tif", {"s2": tmp_path / "two.tif"}).axes[0].get_title() == (
+        "Sentinel-2, false colour #1 #2 #1")
+    write_tif(tmp_path / "small.tif", s2[:, :40])
+    with pytest.raises(data.DataError, match="not on one grid"):
+        show.draw_map(tmp_path / "map.tif", {"s2": tmp_path / "small.tif"})
+    before = (tmp_path / "S2.tif").read_bytes()
+    result = user("tests/show.py", tmp_path / "map.tif", tmp_path / "S2.tif")
+    assert result.returncode == 2 and "ends in .png" in result.stderr and (tmp_path / "S2.tif").read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------ no data

@@ -17,10 +17,11 @@ case "$*" in
   *"pretrain.py --method $FAILS "*)
     until [ "$SLEEPS" = none ] || [ -e "$NOTES/asleep" ]; do sleep 0.01; done
     printf 'step 1\\rstep 2\\n%s: no such thing\\n' "$FAILS" >&2; exit 3 ;;
-  *"pretrain.py --method $SLEEPS "*)
+  *"pretrain.py --method $SLEEPS "* | *"data.py pack "*"/$SLEEPS")
     trap 'sleep 0.3; echo saved > "$NOTES/saved"; exit 143' TERM
     echo $$ > "$NOTES/asleep"
     sleep 60 & wait ;;
+  *"pretrain.py --method $VANISH "*) rm -r "$NOTES"/out/.claims* ;;
 esac
 """
 
@@ -35,9 +36,9 @@ def start(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "index.json").touch()
 
-    def start(gpus, fails="none", sleeps="none"):
+    def start(gpus, fails="none", sleeps="none", vanish="none"):
         environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "NOTES": str(tmp_path), "GPUS": str(gpus),
-                       "FAILS": fails, "SLEEPS": sleeps}
+                       "FAILS": fails, "SLEEPS": sleeps, "VANISH": vanish}
         return subprocess.Popen(
             ["bash", ROOT / "run_all.sh", "--sen12ms", tmp_path / "sen12ms", "--dfc2020", tmp_path / "dfc2020",
              "--out", tmp_path / "out"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -93,9 +94,11 @@ def assert_nothing_is_left(folder):
         os.kill(int((folder / "asleep").read_text()), 0)
 
 
+@pytest.mark.parametrize("sleeps", ["mma", "dfc2020"])  # a job, packing
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_it_once_the_job_in_hand_has_saved(start, tmp_path, number):
-    job = start(2, sleeps="mma")
+def test_a_signal_ends_it_once_the_job_in_hand_has_saved(start, tmp_path, number, sleeps):
+    (tmp_path / "dfc2020/index.json").unlink()
+    job = start(2, sleeps=sleeps)
     while not (tmp_path / "asleep").exists():
         time.sleep(0.01)
         assert job.poll() is None
@@ -103,3 +106,15 @@ def test_a_signal_ends_it_once_the_job_in_hand_has_saved(start, tmp_path, number
     job.communicate(timeout=30)
     assert job.returncode == -number
     assert_nothing_is_left(tmp_path)
+
+
+def test_claims_that_vanish_leave_no_job_out_in_silence(start):
+    job = start(1, vanish="d-simclr")  # during the first job
+    _, err = job.communicate(timeout=30)
+    assert job.returncode == 2 and "cannot be made: free space" in err
+
+
+@pytest.mark.parametrize("options", [["--sen12ms"], ["--out"], ["--sen12ms", "/no/such"], ["--else"]])
+def test_options_that_say_too_little_are_refused(options):
+    result = subprocess.run(["bash", ROOT / "run_all.sh", *options], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.startswith("run_all.sh: ") and result.stderr.count("\n") == 1
