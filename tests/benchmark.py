@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -290,7 +291,10 @@ def script_speed(store, batch, epochs, device, more=()):
         options = ["--data", store, "--out", out, "--batch-size", batch, "--holdout", 0, "--epochs", epochs,
                    "--log-every", 8, "--eval-every", 10**6, "--device", device.type, *more]
         sys.argv = ["pretrain.py", *map(str, options)]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         pretrain.main()
+        for number, handler in handlers.items():  # pretrain.py's only note a stop
+            signal.signal(number, handler)
         lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()][2:]
     rates = sorted(line["pairs_per_s"] for line in lines)
     return rates[len(rates) // 2]

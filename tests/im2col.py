@@ -61,6 +61,9 @@ def forward(self, x):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] not in (["pretrain.py"], ["linear_eval.py"], ["finetune.py"]):
+        print(__doc__, file=sys.stderr)
+        sys.exit(2)
     nn.Conv2d.forward = forward
     script = Path(__file__).resolve().parents[1] / sys.argv[1]
     sys.path.insert(0, str(script.parent))

@@ -21,6 +21,10 @@ import numpy as np
 import rasterio
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+
 warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)  # PNGs lie nowhere
 
 LEGEND = {"s1": ["VV"], "s2": ["B12", "B8", "B4"], "classes": {"1": "dry", "2": "flooded"}}
@@ -31,6 +35,17 @@ def read(path):
     """PNG -> (channels, h, w) uint8."""
     with rasterio.open(path) as image:
         return image.read()
+
+
+def rows_of(path, *columns):
+    """Lines of a CSV with these columns -> list of dicts."""
+    rows = []
+    if Path(path).is_file():
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    if not rows or not {*columns} <= {*rows[0]}:
+        raise data.DataError(f"{path}: not there, or without lines under {', '.join(columns)}")
+    return rows
 
 
 def write(path, array):
@@ -44,7 +59,7 @@ def write(path, array):
 
 def write_pair(folder, name, radar, optical, classes=None):
     """8 bits (c, h, w) of both sensors, and perhaps codes (1, h, w), as FOLDER/{s1,s2,classes}/NAME."""
-    db, s2 = radar[:1] * np.float32(25 / 255) - 25, optical[:3] * np.uint16(39)
+    db, s2 = radar[:1] * np.float32(25 / 255) - 25, 39 * optical[:3].astype(np.uint16)
     images = {"s1": db.clip(max=-0.004), "s2": np.where(s2.any(0), s2, np.uint16(1))}  # 0 is no data
     if classes is not None:
         images["classes"] = classes
@@ -106,8 +121,7 @@ def main():
     args = parser.parse_args()
     regions = {}
     if args.regions:
-        with open(args.regions, newline="") as file:
-            regions = {row["number"]: row["region"] for row in csv.DictReader(file)}
+        regions = {row["number"]: row["region"] for row in rows_of(args.regions, "number", "region")}
     if unknown := set(args.test_regions) - set(regions.values()):
         parser.error(f"--test-regions {' '.join(sorted(unknown))}: no such region in --regions")
     if args.out.exists() and any(args.out.iterdir()):
@@ -123,10 +137,12 @@ def main():
             missing.append(convert(place, "after", split, args.out / "pairs", "_after"))
         missing.append(convert(place, "after", split, args.out / "flood", mask=True))
     for tree in ("pairs", "flood"):
+        (args.out / tree).mkdir(parents=True, exist_ok=True)
         (args.out / tree / "legend.json").write_text(json.dumps(LEGEND))
-    print(f"wrote {len(places)} places into {args.out}/pairs and {args.out}/flood; left out:")
-    print("\n".join(filter(None, missing)))
+        count = len([*(args.out / tree).glob("*/s2/**/*.tif")])
+        print(f"wrote {count} pairs of {len(places)} places into {args.out / tree}")
+    print("left out:", *filter(None, missing), sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    data.run(main)

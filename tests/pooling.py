@@ -47,7 +47,12 @@ def main():
     models.VGG = encoder
     if args.compared == "averages":
         models.VGG = lambda bands: Averaged(encoder(bands))
-    sys.argv = [sys.argv[0], "--method", "mma", *others]
+    if not any(word.startswith("--out") for word in others):
+        parser.error("--out: where the trial goes")
+    if args.encoder == "resnet":
+        spoilt = models.spoilt_gradients
+        models.spoilt_gradients = lambda method, *settings: spoilt("d-simclr", *settings)
+    sys.argv = [sys.argv[0], *others, "--method", "mma"]
     pretrain.main()
 
 

@@ -149,9 +149,8 @@ def training_input(batch, radar, optical, args, stats, rng):
     """Batch of data.random_crops() -> network inputs. radar: S1 of every date, (dates, N, c, H,
     W), optical: S2 before the flood, (N, c, H, W)."""
     rows, *corner = batch
-    last = optical.shape[-1] - args.crop
-    moved = [np.clip(place + rng.integers(-args.shift, args.shift + 1, len(rows)), 0, last)
-             for place in corner]
+    moved = [np.clip(place + rng.integers(-args.shift, args.shift + 1, len(rows)), 0, side - args.crop)
+             for place, side in zip(corner, optical.shape[-2:])]
     dates = (rng.random(len(rows)) < args.later).astype(int)
     s1, s2 = models.to_input(cut(radar[dates, rows], *corner, args.crop),
                              cut(optical[rows], *moved, args.crop), "standard", stats)
@@ -193,9 +192,9 @@ def loss_of(model, a, b, args):
 @torch.no_grad()
 def judge(model, patches, rows, args, stats):
     """-> {"top1", "top5"}: mean over both ways, and over the centre and the corners of places."""
-    last, found = patches.size[0] - args.crop, []
+    (bottom, right), found = [side - args.crop for side in patches.size], []
     model.eval()
-    for place in ((last // 2, last // 2), (0, 0), (0, last), (last, 0), (last, last)):
+    for place in ((bottom // 2, right // 2), (0, 0), (0, right), (bottom, 0), (bottom, right)):
         embeddings = []
         for part in np.array_split(rows, len(rows) // 100 + 1):
             where = [np.full(len(part), offset) for offset in place]
@@ -213,6 +212,9 @@ def run(trial, fold, seed, steps, save=None):
     args = SimpleNamespace(**{**USUAL, **TRIALS[trial], "seed": seed})
     patches = data.Patches(fold / "pairs")
     rows, held = data.split_scenes(patches, share=0)
+    if len(rows) < args.batch_size or not len(held):
+        raise data.DataError(f"{fold}/pairs: {len(rows)} places to train on, {len(held)} of the split "
+                             f"`test`: a trial needs {args.batch_size} and some")
     stats, radar = patches.stats(rows), patches.arrays[0][None]
     if args.later:
         flood = data.Patches(fold / "flood")
@@ -264,9 +266,12 @@ def cell(values):
 
 
 def print_table(lines):
-    """All trials in Markdown, the poster's first; of MMA against MMA."""
+    """All trials in Markdown, the poster's first; of MMA against MMA. A run that was repeated counts
+    once."""
+    if len(lengths := {line["steps"] for line in lines}) > 1:
+        raise data.DataError(f"--results: has trials of {sorted(lengths)} steps: keep each in a file of its own")
     folds, scores = list(dict.fromkeys(line["fold"] for line in lines)), {}
-    for line in lines:
+    for line in {(line["trial"], line["fold"], line["seed"]): line for line in lines}.values():
         runs = scores.setdefault((line["trial"], line["fold"]), {"top1": [], "top5": []})
         for key, values in runs.items():
             values.append(line[key])
@@ -293,7 +298,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trial", nargs="?", choices=TRIALS)
     parser.add_argument("--fold", type=Path, help="folder with the stores `pairs` and `flood`")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="0 or above")
     parser.add_argument("--steps", type=data.positive, default=200)
     parser.add_argument("--results", type=Path, default="trials.jsonl", help="default %(default)s")
     parser.add_argument("--save", type=Path, metavar="DIR")
@@ -301,13 +306,16 @@ def main():
     args = parser.parse_args()
     if args.table:
         return print_table([json.loads(line) for line in args.results.open()])
-    if not (args.trial and args.fold):
-        parser.error("give a trial and --fold, or --table")
+    if not (args.trial and args.fold) or args.seed < 0:
+        parser.error("give a trial and --fold, or --table; --seed is 0 or above")
+    for folder in filter(None, (args.results.parent, args.save)):
+        folder.mkdir(parents=True, exist_ok=True)  # before the work
     line = json.dumps(run(args.trial, args.fold, args.seed, args.steps, args.save))
+    print(line)
     with args.results.open("a") as file:
         print(line, file=file)
-    return print(line)
+    return None
 
 
 if __name__ == "__main__":
-    data.run(main)
+    data.run(main, models.CheckpointError)

@@ -12,15 +12,13 @@ A group is a scene; a class map is the tile's class all over. 8 bits become dB a
 ombria.py, which calibrates nothing.
 """
 import argparse
-import csv
 import json
-import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import rasterio
-from ombria import read, write_pair
+from ombria import data, read, rows_of, write_pair
 from tqdm import tqdm
 
 CLASSES = ["agriculture", "forest", "gorge", "resident", "river"]
@@ -77,13 +75,11 @@ def main():
     parser.add_argument("--tune", type=int, choices=range(5), metavar="FIFTH",
                         help="0 to 4: test on that fifth of the training groups, not on the test fold")
     args = parser.parse_args()
-    path = args.folder / "places.csv"
-    if not path.exists():
-        parser.error(f"{path}: not there: columns class, number, group, fold, a line for each tile")
+    places = rows_of(args.folder / "places.csv", "class", "number", "group", "fold")
+    if unknown := {place["class"] for place in places} - {*CLASSES}:
+        parser.error(f"places.csv: classes {', '.join(sorted(unknown))}: they are {', '.join(CLASSES)}")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out}: is not empty: remove it or choose another folder")
-    with open(path, newline="") as file:
-        places = list(csv.DictReader(file))
     counts, missing = Counter(), []
     splits = splits_of(places, args.test_fold, args.tune)
     for place, split in tqdm([*zip(places, splits)], desc="converting", unit="tile"):
@@ -92,9 +88,10 @@ def main():
         lacks = convert(place, split, args.folder, args.out)
         missing += [lacks] if lacks else []
         counts[split or "neither"] += not lacks
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "legend.json").write_text(json.dumps(LEGEND))
     print(f"wrote {dict(counts)} into {args.out}; left out: {missing or 'none'}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    data.run(main)

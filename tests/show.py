@@ -114,8 +114,8 @@ def draw_map(path, scene):
     figure = Figure((6 + 5 * len(scene), 5), layout="constrained")
     plain = {"xticks": [], "yticks": []}
     *left, right = figure.subplots(1, 1 + len(scene), squeeze=False, subplot_kw=plain)[0]
-    for axis, (sensor, path) in zip(left, scene.items()):
-        draw_scene(axis, path, sensor, float(tags["s2_offset"]), tif)
+    for axis, (sensor, file) in zip(left, scene.items()):
+        draw_scene(axis, file, sensor, float(tags["s2_offset"]), tif)
     colours = [f"#{colour}" for colour in finetune.COLOURS * len(names)]
     colours = ListedColormap(colours[:len(names)])
     drawn = right.imshow(np.ma.masked_equal(classes, 255), colours, vmin=-0.5,

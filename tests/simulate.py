@@ -25,12 +25,17 @@ Where the magnitudes come from. None is fitted to a data set.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 import rasterio
 from rasterio.crs import CRS
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
 
 # Rows: codes 1..10, Forest, Shrubland, Savanna, Grassland, Wetland, Cropland, Urban, Snow/Ice, Barren, Water. Columns:
 # VV dB, VH dB, texture in dB, texture in log reflectance, shift of a scene in dB (wind on water), share that dries
@@ -225,18 +230,17 @@ def main():
     parser = argparse.ArgumentParser(description="Write simulated SEN12MS and DFC2020 trees.")
     parser.add_argument("out", type=Path, metavar="OUT", help="the trees become OUT/sen12ms and OUT/dfc2020")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=64, help="pixels along a patch; the real ones have 256")
-    parser.add_argument("--scenes", type=int, default=12, help="SEN12MS scenes, over the four seasons in turn")
-    parser.add_argument("--patches", type=int, default=24, help="patches per SEN12MS scene")
-    parser.add_argument("--dfc-train", type=int, default=96, help="patches of DFC2020's validation split")
-    parser.add_argument("--dfc-test", type=int, default=160, help="patches of DFC2020's test split")
+    parser.add_argument("--size", type=data.positive, default=64, help="pixels along a patch; the real ones have 256")
+    parser.add_argument("--scenes", type=data.positive, default=12, help="SEN12MS scenes, over the four seasons in turn")
+    parser.add_argument("--patches", type=data.positive, default=24, help="patches per SEN12MS scene")
+    parser.add_argument("--dfc-train", type=data.positive, default=96, help="patches of DFC2020's validation split")
+    parser.add_argument("--dfc-test", type=data.positive, default=160, help="patches of DFC2020's test split")
     args = parser.parse_args()
-    try:
-        simulate_sen12ms(args.out / "sen12ms", args.scenes, args.patches, args.size, args.seed)
-        simulate_dfc2020(args.out / "dfc2020", args.dfc_train, args.dfc_test, args.size, args.seed)
-    except FileExistsError as error:
-        parser.error(str(error))
+    if args.seed < 0:
+        parser.error("--seed: 0 or above")
+    simulate_sen12ms(args.out / "sen12ms", args.scenes, args.patches, args.size, args.seed)
+    simulate_dfc2020(args.out / "dfc2020", args.dfc_train, args.dfc_test, args.size, args.seed)
 
 
 if __name__ == "__main__":
-    main()
+    data.run(main)

@@ -1,11 +1,12 @@
 """tests/ombria.py: a clone of OMBRIA, here a made-up one in its layout, as two trees that pack."""
+import shutil
 from collections import Counter
 
 import numpy as np
 import ombria
 import pytest
 import rasterio
-from conftest import call
+from conftest import call, user
 
 import data
 
@@ -114,3 +115,18 @@ def test_the_real_thing_has_484_places_to_train_on_and_210_to_test_on(shared, tm
     call(monkeypatch, ombria, shared / "real/ombria", tmp_path, "--regions", shared / "real/ombria/regions.csv",
          "--test-regions", "R10")
     assert seen == {(date, split): count for date in ("before", "after") for split, count in (("train", 484), ("test", 210))}
+
+
+def test_a_clone_without_one_sensor_tells_how_little_was_written(clone, tmp_path, monkeypatch, capsys):
+    shutil.copytree(clone[0], tmp_path / "clone")
+    for path in [*(tmp_path / "clone").glob("OmbriaS2/*/*/*.png"), *(tmp_path / "clone").glob("2021/*/Sentinel2/*/*.png")]:
+        if not path.name.endswith("_0001.png"):
+            path.unlink()
+    call(monkeypatch, ombria, tmp_path / "clone", tmp_path / "out")
+    assert "wrote 1 pairs of 12 places into" in capsys.readouterr().out
+
+
+def test_regions_without_their_columns_are_refused(clone, tmp_path):
+    (tmp_path / "regions.csv").write_text("place,region\n0001,R1\n")
+    result = user("tests/ombria.py", clone[0], tmp_path / "out", "--regions", tmp_path / "regions.csv")
+    assert result.returncode == 2 and "without lines under number, region" in result.stderr

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import call
 
+import data
 import models
 import pretrain
 
@@ -13,7 +14,8 @@ import pretrain
 @pytest.mark.parametrize("encoder", ["vgg", "resnet"])
 @pytest.mark.parametrize("compared", ["maps", "averages"])
 def test_trials(encoder, compared, pairs, tmp_path, monkeypatch):
-    monkeypatch.setattr(models, "VGG", models.VGG)  # put back at the end
+    for name in ("VGG", "spoilt_gradients"):
+        monkeypatch.setattr(models, name, getattr(models, name))  # put back at the end
     options = ("--data", pairs, "--epochs", 1, "--batch-size", 24, "--crop", 32, "--holdout", 0.25, "--precision", "float32")
     call(monkeypatch, pooling, encoder, compared, *options, "--out", tmp_path / "trial")
     lines = [json.loads(line) for line in (tmp_path / "trial/log.jsonl").read_text().splitlines()]
@@ -24,3 +26,14 @@ def test_trials(encoder, compared, pairs, tmp_path, monkeypatch):
         call(monkeypatch, pretrain, "--method", "mma", *options, "--out", tmp_path / "mma")
         trial, mma = (models.load_checkpoint(tmp_path / name / "last.pt")["encoders"]["s1"] for name in ("trial", "mma"))
         assert all(torch.equal(trial[name], mma[name]) for name in mma)
+
+
+@pytest.mark.parametrize("options, said", [
+    ((), "--out"), (("--method", "d-simclr", "--out", "OUT", "--crop", 16, "--precision", "bf16"), "bf16 gradients of a ResNet")])
+def test_what_would_be_another_trial_is_refused(options, said, pairs, tmp_path, monkeypatch, capsys):
+    for name in ("VGG", "spoilt_gradients"):
+        monkeypatch.setattr(models, name, getattr(models, name))
+    options = [tmp_path / "out" if word == "OUT" else word for word in options]
+    with pytest.raises((SystemExit, data.DataError)) as error:
+        call(monkeypatch, pooling, "resnet", "maps", "--data", pairs, *options)
+    assert said in capsys.readouterr().err + str(error.value)

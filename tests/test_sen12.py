@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import sen12
-from conftest import call
+from conftest import call, user
 from test_data import read
 from test_ombria import write_8_bit
 
@@ -88,8 +88,7 @@ def test_what_is_missing_is_said(folder, tmp_path, monkeypatch, capsys):
     call(monkeypatch, sen12, tmp_path / "folder", tmp_path / "out", "--test-fold", "1")
     said = capsys.readouterr().out
     assert "'train': 18" in said and "sar_0.jpg" in said and "op_1.jpg" in said
-    for words, args in (("places.csv: not there", (tmp_path / "out", tmp_path / "new", "--test-fold", "1")),
-                        ("is not empty", (folder, tmp_path / "out", "--test-fold", "1")),
+    for words, args in (("is not empty", (folder, tmp_path / "out", "--test-fold", "1")),
                         ("--tune", (folder, tmp_path / "new", "--test-fold", "1", "--tune", "5"))):
         with pytest.raises(SystemExit) as stop:
             call(monkeypatch, sen12, *args)
@@ -147,3 +146,25 @@ def test_tiles_of_the_real_thing(real, tmp_path, monkeypatch):
     (some / "places.csv").write_text("\n".join(lines[:1] + lines[1::20]))
     patches = convert_and_pack(monkeypatch, some, tmp_path, "--test-fold", "0")
     check_tiles(patches, some, {"": "", "0": "test", "1": "train"})
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda text: text.replace("class,number", "name,number"), "without lines under class, number, group, fold"),
+    (lambda text: text.replace("river,1097", "lake,1097"), "classes lake"), (lambda text: "", "without lines")])
+def test_places_that_say_something_else_are_refused_before_a_tile_is_written(change, said, folder, tmp_path):
+    (tmp_path / "tiles").mkdir()
+    (tmp_path / "tiles/places.csv").write_text(change((folder / "places.csv").read_text()))
+    result = user("tests/sen12.py", tmp_path / "tiles", tmp_path / "tree", "--test-fold", 0)
+    assert result.returncode == 2 and said in result.stderr and not (tmp_path / "tree").exists()
+
+
+def test_a_folder_without_places(tmp_path):
+    result = user("tests/sen12.py", tmp_path, tmp_path / "new", "--test-fold", 0)
+    assert result.returncode == 2 and "places.csv: not there" in result.stderr and not (tmp_path / "new").exists()
+
+
+def test_places_that_excel_saved(folder, tmp_path, monkeypatch):
+    shutil.copytree(folder, tmp_path / "tiles")
+    text = (folder / "places.csv").read_text()
+    (tmp_path / "tiles/places.csv").write_text(text, encoding="utf-8-sig")
+    assert len(convert_and_pack(monkeypatch, tmp_path / "tiles", tmp_path, "--test-fold", 0).rows) == 42
