@@ -56,7 +56,6 @@ def arguments():
     add("--temperature", type=float, help="default 0.07, 0.1 for mma")
     add("--scale", default="patch-max", choices=models.SCALING, help="default patch-max")
     # What the published study does not have.
-    add("--recipe", default="poster", choices=("poster", "ours"), help="ours: finds more places")
     add("--bands", nargs="+", metavar="BAND", help="default all; B4 B3 B2 for simclr-rgb")
     add("--seed", type=int, default=0)
     add("--holdout", type=float, default=0.02, help="share of scenes, where no split is `test`")
@@ -350,18 +349,9 @@ def make_model(args, bands, device, world):
     if world > 1:
         network = torch.nn.parallel.DistributedDataParallel(network)
         network.broadcast_buffers = False  # as an argument it is deprecated from torch 2.14 on
-    return model, network, make_optimizer(args, model)
-
-
-def make_optimizer(args, model):
-    """Adam; for `--recipe ours` each tensor has a rate by its first weights, and no momentum."""
-    groups, betas = [{"params": model.parameters()}], (0.9, 0.999)
-    if args.recipe == "ours":
-        groups, betas = [], (0.0, 0.99)
-        for weights in model.parameters():
-            rms = max(1e-3, weights.detach().square().mean().sqrt().item())
-            groups.append({"params": [weights], "factor": rms / 0.03})  # 1 for 3x3, 250 channels
-    return torch.optim.Adam(groups, args.lr, betas, weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.Adam(
+        model.parameters(), args.lr, weight_decay=args.weight_decay, fused=True)
+    return model, network, optimizer
 
 
 def resume(path, settings, model, optimizer):
@@ -371,6 +361,7 @@ def resume(path, settings, model, optimizer):
         return 0, None
     content = models.load_checkpoint(path)
     old = content["args"]
+    settings = {"recipe": old.get("recipe") and "poster", **settings}  # older versions had another
     changed = {key: old.get(key) for key in settings if old.get(key) != settings[key]}
     if changed:
         raise models.CheckpointError(
@@ -443,7 +434,7 @@ def train(args):
     for step, (s1, s2, *_) in zip(bar, feed):
         rate = learning_rate(step - 1, epoch_steps, args)
         for group in optimizer.param_groups:
-            group["lr"] = rate * group.get("factor", 1)
+            group["lr"] = rate
         a, b = network_inputs(s1, s2, args, facts["stats"], step, mine)
         micro = args.micro_batch or n
         loss, z1, z2 = forward_backward(network, cast, loss_of, a, b, micro, rank, world)

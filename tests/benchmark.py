@@ -246,9 +246,9 @@ def peak_of(function, device):
     return (int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) - before) * 1024
 
 
-def bare_step(device, batch, precision, layout, compiled=False, micro=None, recipe="poster"):
+def bare_step(device, batch, precision, layout, compiled=False, micro=None):
     """-> function that makes one D-SimCLR step at 128 px on a batch in memory, and the model."""
-    args = SimpleNamespace(method="d-simclr", arch="resnet18", recipe=recipe, seed=0, lr=3e-5, weight_decay=1e-4)
+    args = SimpleNamespace(method="d-simclr", arch="resnet18", seed=0, lr=3e-5, weight_decay=1e-4)
     bands = {"s1": models.S1_BANDS, "s2": models.S2_BANDS}
     model, network, optimizer = pretrain.make_model(args, bands, device, world=1)
     model.to(memory_format=layout)
@@ -371,12 +371,6 @@ def training():
           ("pairs", "", "time", "ours / it", "peak memory", "ours / it"), rows)
 
     batch, rows, whole = 4 * batches[0], [], None
-    for recipe in ("poster", "ours"):
-        step, _ = bare_step(device, batch, "auto", torch.channels_last, recipe=recipe)
-        rows.append((recipe, f"{batch / seconds(step, 3):.3g}", f"{peak_of(step, device) / 1e6:.4g} MB"))
-    table(f"--recipe, batch {batch}", ("", "pairs/s", "memory of a step"), rows)
-
-    rows = []
     for micro in (batch, batch // 2, batch // 4, batch // 8):
         step, _ = bare_step(device, batch, "auto", torch.channels_last, micro=micro)
         peak = peak_of(step, device)
