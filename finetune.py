@@ -50,8 +50,7 @@ ORDER = [*TITLES.values(), "Band means and sd"]  # of a table's rows, the poster
 # What each row of a table has of its own; in what else they differ, they say.
 OWN = {"method", "checkpoint", "bands"}
 # What a run was made with, beside what linear_eval.py tells of its own:
-OPTIONS = ("epochs", "same_steps", "drop_epoch", "batch_size", "lr", "classifier_lr",
-           "weight_decay")
+OPTIONS = ("epochs", "batch_size", "lr", "classifier_lr", "weight_decay", "drop_epoch")
 STRIP = 256  # px of a map that are made at a time
 NO_DATA = 255  # in a map
 # Of the classes in their order, as in data.CLASSES; from the ninth on again.
@@ -122,7 +121,8 @@ def evaluate(args, content):
         raise data.DataError(reason)
     results = linear_eval.Results(args.results)
     protocol = "finetune" if content else "scratch"
-    for settings in linear_eval.planned_runs(args, content, patches, OPTIONS, protocol=protocol):
+    options = OPTIONS + ("same_crops",) * args.same_crops
+    for settings in linear_eval.planned_runs(args, content, patches, options, protocol=protocol):
         task, fraction, seed = (settings[key] for key in ("task", "label_fraction", "seed"))
         path = args.save and args.save / f"{args.method}_{task}_{fraction:g}_seed{seed}.pt"
         if is_done(settings, results, path):
@@ -132,7 +132,7 @@ def evaluate(args, content):
         encoders = linear_eval.make_encoders(args, content, patches, seed)
         model = models.Classifier(encoders, len(patches.classes))
         name = f"{args.method} {task} {100 * fraction:g} % seed {seed}"
-        times = 1 / fraction if args.same_steps else 1
+        times = 1 / fraction if args.same_crops else 1
         train(model, scaling, patches, train_rows[chosen], task, seed, args, name, times)
         crops = linear_eval.extract(model.eval(), scaling, patches, test_rows, args)
         labelled = crops[task].any(1)
@@ -160,7 +160,8 @@ def row_title(line):
         return f"{title}, from scratch"
     if line.get("baseline"):
         title = f"{title}, random weights" if line["baseline"] == "random" else ORDER[-1]
-    return f"{title}, {line['sensors']} alone" if line.get("sensors") in ("s1", "s2") else title
+    every = " and ".join(models.METHODS[line["method"]]["inputs"])
+    return title if line.get("sensors", every) == every else f"{title}, {line['sensors']} alone"
 
 
 def grouped(lines, key):
@@ -197,7 +198,7 @@ def table_rows(lines):
 
 
 def percent(values, digits=0):
-    """Mean ± standard deviation over seeds, rounded as on the poster."""
+    """Mean ± standard deviation over seeds, rounded, with no digits, as on the poster."""
     values = [100 * value for value in values if value is not None]
     spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{spread}" if values else "-"
@@ -251,8 +252,7 @@ def draw_fractions(axis, lines, beside_poster):
     the poster's points."""
     for method, (marker, colour, published) in CURVES.items():
         if beside_poster:
-            label = f"{TITLES[method]}, poster"
-            axis.plot(PERCENT, published, marker, color="0.6", ms=5, label=label)
+            axis.plot(PERCENT, published, marker, color="0.6", label=f"{TITLES[method]}, poster")
     curves = [line for line in lines if line["task"] == "single" and line["method"] in CURVES
               and row_title(line) in TITLES.values()]
     for title, group in table_rows(curves).items():
@@ -477,9 +477,9 @@ def main():
     add("--s2", help="GeoTIFF of reflectance x 10,000, on the same grid")
     add("--step", type=data.positive, help="px between windows (default: half the crop)")
     add("--s2-offset", type=int, choices=(0, 1000), help="default: as B10 or a tag shows")
+    add("--same-crops", action="store_true", help="epochs / label fraction: as many crops for all")
     # As in the released code:
     add("--epochs", type=data.positive, default=200)
-    add("--same-steps", action="store_true", help="epochs / label fraction: as many steps")
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
     add("--classifier-lr", type=float, default=3e-6)
     add("--weight-decay", type=float, default=1e-3)

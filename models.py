@@ -242,16 +242,16 @@ def resolve_precision(precision, device):
 def autocast(precision, device):
     """Context in which networks run; where that is float32, in full: without TF32."""
     enabled = resolve_precision(precision, device) == "bf16"
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = enabled, False
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = enabled
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=enabled)
 
 
 def spoilt_gradients(method, crop, precision, device):
     """Why training must be refused, or None: on a CPU torch's bf16 gradient of a 3x3 convolution
     of stride 2 of a map of 1 px, as a ResNet has up to crops of 16 px, is what the memory held."""
-    on_cpu = torch.device(device).type == "cpu"
     bf16 = resolve_precision(precision, device) == "bf16"
-    if on_cpu and bf16 and crop <= 16 and method != "mma":
+    if torch.device(device).type == "cpu" and bf16 and crop <= 16 and method != "mma":
         return (f"--crop {crop}: on a CPU bf16 gradients of a ResNet are wrong up to 16 px: "
                 "choose --precision float32, or more")
     return None

@@ -324,9 +324,9 @@ def training():
                 with FlopCounterMode(display=False) as flops:
                     model.loss(*model(*(torch.rand(2, k, 128, 128, device=device) for k in (2, 13))), 0.07).backward()
                 share = rate * flops.get_total_flops() / 2 / rates[precision]
-                first = speed.get((batch, False, "float32", torch.contiguous_format), rate)  # where that fits
+                first = speed.get((batch, False, "float32", torch.contiguous_format))  # none where it does not fit
                 rows.append((batch, precision, str(layout)[6:], "yes" if compiled else "no", f"{rate:.3g}",
-                             f"{rate / first:.2f}", f"{share:.0%}"))
+                             f"{rate / first:.2f}" if first else "-", f"{share:.0%}"))
     table(f"Step of D-SimCLR, ResNet18, 128 px, {flops.get_total_flops() / 2e9:.3g} GFLOP a pair",
           ("batch", "precision", "layout", "compiled", "pairs/s", "ratio", "of the matrix product"), rows)
 

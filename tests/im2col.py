@@ -62,7 +62,7 @@ def forward(self, x):
 
 if __name__ == "__main__":
     if sys.argv[1:2] not in (["pretrain.py"], ["linear_eval.py"], ["finetune.py"]):
-        print(__doc__, file=sys.stderr)
+        print("im2col.py: name pretrain.py, linear_eval.py or finetune.py first", file=sys.stderr)
         sys.exit(2)
     nn.Conv2d.forward = forward
     script = Path(__file__).resolve().parents[1] / sys.argv[1]

@@ -4,7 +4,7 @@
 
 The encoder, VGG as MMA has or ResNet18 as D-SimCLR has, without a head, and its last map, as it is
 or averaged over the crop, compared by MMA's similarity and loss: for an averaged map that is the
-cosine. What follows goes to pretrain.py as it is, after `--method mma`; `vgg maps` is MMA itself.
+cosine. What follows goes to pretrain.py as it is, `--method mma` after it; `vgg maps` is MMA itself.
 The result is in log.jsonl; the checkpoint is of no use but to go on.
 """
 import argparse

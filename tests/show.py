@@ -73,11 +73,14 @@ def small(raster, numbers):
 
 def open_scene(path, sensor):
     """-> data.Raster of the bands to draw: VV, or those of true colour, else the first three."""
+    wanted, product = {"s1": (["VV"], data.S1_BANDS), "s2": (models.RGB, data.S2_BANDS)}[sensor]
     try:
-        return data.Raster(path, sensor, {"s1": ["VV"], "s2": models.RGB}[sensor])
+        return data.Raster(path, sensor, wanted, order=product)
     except data.DataError:  # it has others, or without names none of a product
         with rasterio.open(path) as tif:
-            names = [data.band_name(text) or f"#{1 + k}" for k, text in enumerate(tif.descriptions)
+            of_vrt = tif.driver == "VRT"
+            names = [data.band_name(text) or of_vrt and data.band_of_file(tif, 1 + k) or f"#{1 + k}"
+                     for k, text in enumerate(tif.descriptions)
                      if tif.colorinterp[k] != ColorInterp.alpha]
         return data.Raster(path, sensor, names[:3], order=names)
 
@@ -88,6 +91,7 @@ def draw_scene(axis, path, sensor, s2_offset, grid):
     data.refuse_other_grid(raster.tif, grid)
     black = -25 if sensor == "s1" else 0  # also where there is no data
     image = np.nan_to_num(small(raster.tif, raster.numbers).astype("float32").filled(black), nan=black)
+    image[:, ~image.any(0)] = black
     if sensor == "s1":
         axis.imshow(image[0], "gray", vmin=-25, vmax=0)  # dB
         return axis.set_title(f"{raster.bands[0]} of Sentinel-1")
@@ -137,9 +141,9 @@ def main():
     scene = {sensor: path for sensor, path in (("s1", args.s1), ("s2", args.s2)) if path}
     if args.out.suffix.lower() != ".png":
         parser.error(f"{args.out}: choose a name that ends in .png")
-    if scene and not args.what.is_file():
+    if scene and args.what.is_dir():
         parser.error(f"{args.what}: is not a map: leave --s1 and --s2 out")
-    if args.what.is_file():
+    if args.what.is_file() or scene:
         figure = draw_map(args.what, scene)
     elif (args.what / "log.jsonl").exists():
         figure = draw_run(args.what)

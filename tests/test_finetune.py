@@ -137,15 +137,19 @@ def test_both_rates_drop_to_a_tenth_at_the_drop_epoch(labelled, monkeypatch):
     assert np.allclose(rates, [[1e-3, 1e-3]] * 2 + [[1e-4, 1e-4]] * 4)
 
 
-def test_same_steps_with_few_labels(labelled, tmp_path, monkeypatch):
+def test_same_crops_with_few_labels(labelled, tmp_path, monkeypatch):
     drops = watch(monkeypatch, torch.optim.lr_scheduler, "MultiStepLR")
-    for options in ((), ("--same-steps",)):
+    crops = watch(monkeypatch, data, "random_crops")
+    for options in ((), ("--same-crops",)):
         call(monkeypatch, finetune, "--method", "only-s1", "--data", labelled, "--epochs", 3, "--drop-epoch", 2, "--crop", 32,
              "--label-fraction", 0.25, 1, "--seeds", 1, "--results", tmp_path, "--precision", "float32", *options)
     runs = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [run["epoch"] for run in runs] == [1, 2, 3, 1, 2, 3, *range(1, 13), 1, 2, 3]
     assert [milestones for (_, milestones, _), _ in drops] == [[2], [2], [8], [2]]
+    seen = [len(rows) for (rows, *_), _ in crops]  # of each epoch; test crops are a grid
+    assert sum(seen[6:18]) == pytest.approx(sum(seen[18:]), rel=0.2) and sum(seen[:3]) < sum(seen[3:6]) / 3
     assert len(linear_eval.Results(tmp_path).read()) == 4
+    assert all("same_crops" not in line["args"] for line in linear_eval.Results(tmp_path).read()[:2])
 
 
 def test_a_loss_that_is_not_finite_is_named(labelled):
@@ -181,7 +185,8 @@ LINES = [
     *(result_line(v, method="mma", label_fraction=f) for v, f in ((0.4, 0.01), (0.5, 0.1))),
     result_line(0.55, 0.65, **LINEAR), result_line(0.35, 0.4, label_fraction=0.002, **LINEAR),
     result_line(0.45, 0.5, **{**LINEAR, "sensors": "s1"}),
-    result_line(0.2, 0.25, **{**LINEAR, "baseline": "random"}, checkpoint=None)]
+    result_line(0.2, 0.25, **{**LINEAR, "baseline": "random"}, checkpoint=None),
+    result_line(0.3, 0.35, **{**LINEAR, "sensors": "s2"}, method="simclr-rgb")]
 FLOOD = [result_line(0.6, 0.7, classes=["dry", "flooded"], data="e", seed=k) for k in range(2)]
 
 
@@ -197,7 +202,7 @@ def test_report_has_the_rows_of_the_poster_and_a_spread_over_seeds(tmp_path, mon
         + "- | **71 ± 3** (poster 70: +1) | 70 ± 0 (poster 70) | 3 |",
         "| D-SimCLR, from scratch | " + "30 | " * 7 + "- | 30 | 50 | 1 |"]
     assert "No results." in multi and "|" not in multi
-    assert [line for line in linear.splitlines() if line.startswith("| ")][2:] == [
+    assert [line for line in linear.splitlines() if line.startswith("| ")][2:] == ["| SimCLR (RGB) | single | 100 % | 30.0 | 35.0 | 1 |",
         "| D-SimCLR | single | 100 % | 55.0 | 65.0 | 1 |", "| D-SimCLR | single | 0.2 % | 35.0 | 40.0 | 1 |",
         "| D-SimCLR, random weights | single | 100 % | 20.0 | 25.0 | 1 |", "| D-SimCLR, s1 alone | single | 100 % | 45.0 | 50.0 | 1 |"]
     assert [line for line in trained.splitlines() if line.startswith("| MMA")] == [

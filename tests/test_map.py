@@ -223,6 +223,17 @@ def test_a_picture_of_a_scene_believes_its_file_and_overwrites_no_scene(tmp_path
     write_tif(tmp_path / "two.tif", s2[:2])
     assert show.draw_map(tmp_path / "map.tif", {"s2": tmp_path / "two.tif"}).axes[0].get_title() == (
         "Sentinel-2, false colour #1 #2 #1")
+    write_tif(tmp_path / "three.tif", s2[:3])  # nameless: not B4 B3 B2 because these are asked for
+    assert show.draw_map(tmp_path / "map.tif", {"s2": tmp_path / "three.tif"}).axes[0].get_title() == (
+        "Sentinel-2, false colour #1 #2 #3")
+    for name, band in zip(("B02", "B08", "B12"), s2):
+        write_tif(tmp_path / f"x_{name}.tif", band[None])
+    bands = [f'<VRTRasterBand dataType="UInt16" band="{k}"><SimpleSource><SourceFilename relativeToVRT="1">x_{name}.tif'
+             "</SourceFilename><SourceBand>1</SourceBand></SimpleSource></VRTRasterBand>"
+             for k, name in enumerate(("B02", "B08", "B12"), 1)]
+    (tmp_path / "x.vrt").write_text(f'<VRTDataset rasterXSize="170" rasterYSize="150">{"".join(bands)}</VRTDataset>')
+    assert show.draw_map(tmp_path / "map.tif", {"s2": tmp_path / "x.vrt"}).axes[0].get_title() == (
+        "Sentinel-2, false colour B2 B8 B12")
     write_tif(tmp_path / "small.tif", s2[:, :40])
     with pytest.raises(data.DataError, match="not on one grid"):
         show.draw_map(tmp_path / "map.tif", {"s2": tmp_path / "small.tif"})

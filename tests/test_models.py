@@ -152,11 +152,11 @@ def test_encoders_of_every_method_take_its_inputs_and_feed_a_classifier(method, 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_autocast_can_be_asked_for_any_device(device):
-    torch.backends.cuda.matmul.allow_tf32 = True  # as in NVIDIA's containers
+    torch.set_float32_matmul_precision("high")  # as in NVIDIA's containers
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA here")
     assert not models.autocast("float32", torch.device(device))._enabled
-    assert not (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32)  # float32 is float32
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"  # float32 is float32
     assert models.autocast("bf16", torch.device(device)).fast_dtype == torch.bfloat16
     models.autocast("auto", torch.device(device))
 

@@ -17,7 +17,7 @@ def test_trials(encoder, compared, pairs, tmp_path, monkeypatch):
     for name in ("VGG", "spoilt_gradients"):
         monkeypatch.setattr(models, name, getattr(models, name))  # put back at the end
     options = ("--data", pairs, "--epochs", 1, "--batch-size", 24, "--crop", 32, "--holdout", 0.25, "--precision", "float32")
-    call(monkeypatch, pooling, encoder, compared, *options, "--out", tmp_path / "trial")
+    call(monkeypatch, pooling, encoder, compared, "--method", "d-simclr", *options, "--out", tmp_path / "trial")  # it is mma
     lines = [json.loads(line) for line in (tmp_path / "trial/log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "retrieval" in line] == [0, 2]
     side = {"averages": 1, "maps": {"vgg": 4, "resnet": 1}[encoder]}[compared]
