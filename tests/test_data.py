@@ -16,8 +16,7 @@ import pytest
 import rasterio
 import show
 import torch
-from conftest import as_nobody, call, user
-from matplotlib.figure import Figure
+from conftest import as_nobody, call, user, watch
 
 import data
 import models
@@ -1632,11 +1631,12 @@ def test_show_of_any_bands_and_classes(legend, tmp_path, rng, monkeypatch):
     legend_tree(tmp_path / "t", rng, legend or {}, bands)
     (tmp_path / "t/SIMULATED").touch()
     store = data.pack(tmp_path / "t", tmp_path / "store")
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, out, **kwargs: drawn.append(figure))
+    drawn = watch(monkeypatch, show, "draw_pairs")
     call(monkeypatch, show, store.path, tmp_path / "p.png")
-    title = drawn[0].get_suptitle()
+    assert (tmp_path / "p.png").read_bytes()[1:4] == b"PNG" and not (tmp_path / "p.part").exists()
+    figure = drawn[0][1]
+    title = figure.get_suptitle()
     assert "SIMULATED" in title and ("true colour" in title) == (legend is None)
     assert legend is None or legend["s2"][0] in title
-    names = [text.get_text() for text in drawn[0].axes[0].get_xticklabels()]
+    names = [text.get_text() for text in figure.axes[0].get_xticklabels()]
     assert names == [[*store.classes, *["no label"] * 255][label] for label in store.labels]
