@@ -54,7 +54,7 @@ ADDED = {(1, 0): None, (1e-4, 0): 0, (1e-4, -0.1): 1000, (1, -1000): 1000}
 # order in which SNAP, or a VRT of files by name, has them.
 BRIGHTER = {"s1": ("VV", "VH", "VV", "'VH', 'VV'"),
             "s2": ("B9", "B10", "B8A", "'B1', ..., 'B8A'")}
-LOWEST = {"s1": -100, "s2": 0}  # what is below is no dB, no reflectance, but stands for no data
+LOWEST = {"s1": -90, "s2": 0}  # what is below is no dB, no reflectance, but stands for no data
 SURVEY = 32  # a scene is judged by one of so many lines, a low one by at least so many
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
@@ -143,7 +143,10 @@ class Raster:
         self.alpha = self.tif.count > 1 and self.tif.colorinterp[-1] == ColorInterp.alpha
         self.count = self.tif.count - self.alpha
         if not bands and self.count > 1:
-            raise DataError(f"{self.name}: {self.count} bands: a class map has one")
+            raise DataError(f"{self.name}: {self.count} bands: a class map has one, and what takes "
+                            f"no band of {sensor} needs no such file")
+        if self.tif.gcps[0] and self.tif.transform.is_identity:
+            raise DataError(f"{self.name}: placed by control points: terrain-correct or warp it")
         products = [S1_BANDS, S2_BANDS, L2A_BANDS]
         if order is None:
             products.append(bands)
@@ -155,7 +158,8 @@ class Raster:
         """-> their numbers, from 1 on: by the names of the bands; where none has one, by those of a
         VRT's files; where these tell nothing, by position in a product of as many bands."""
         texts = self.tif.descriptions[:self.count]
-        names = [band_name(text) for text in texts]
+        numbered = texts == tuple(f"b{1 + k}" for k in range(len(texts)))  # any stack, not B1, B2
+        names = ["" if numbered else band_name(text) for text in texts]
         if not any(names) and self.tif.driver == "VRT":
             names = texts = [band_of_file(self.tif, 1 + k) for k in range(self.count)]
         self.named = any(names)
@@ -165,6 +169,9 @@ class Raster:
                 if len(product) == len(names) and {*wanted} <= {*product}]
         if fits and not self.named:
             names = fits[0]
+            if any(fit != names for fit in fits):
+                raise DataError(f"{self.name}: its bands have no names: in the order of a product "
+                                "or of the store? Say order=, as Patches.stored has it")
         self.names = names
         if "" in names or any(names.count(name) != 1 for name in wanted):
             raise DataError(f"{self.name}: {len(texts)} bands, {' '.join(map(str, texts))}; needed "
@@ -174,7 +181,7 @@ class Raster:
     def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. A pixel is missing if
         the nodata value or a mask says so of any band, if a band is not finite or, of images, if
-        all are 0; of classes 0 is one."""
+        all are 0 or the highest of their integers; of classes 0 is one."""
         tif = self.tif
         # Nodata 0 of S2 would take a pixel with one dark band for missing; a true mask would not.
         zero_is_dark = self.sensor == "s2" and tif.nodata == 0
@@ -186,6 +193,8 @@ class Raster:
         there = ~mask.any(0) & (alpha > 0)  # GDAL minds alpha in pictures alone
         if self.bands:
             there &= image.any(0)  # the edge of many products is 0, often untagged
+            if image.dtype.kind in "iu":  # saturated, or a fill value
+                there &= (image < np.iinfo(image.dtype).max).any(0)
         if image.dtype.kind == "f":
             there &= np.isfinite(image).all(0)
         return image, there
@@ -201,7 +210,7 @@ class Raster:
         tag, *more = {tuple(pairs[number - 1].tolist()) for number in self.numbers}
         if self.sensor == "s1":  # resampling of power makes a few values negative
             unit, tags = "dB, 10 log10 of power", [(1, 0)]
-            plausible = high <= 100 and np.mean(seen < -1) > 0.1
+            plausible = high <= 60 and np.mean(seen < -3) > 0.1
         else:
             unit, tags = "reflectance x 10,000", ADDED
             # The mean, since a glint alone lifts reflectance that is not x 10,000 above 2.
@@ -221,6 +230,9 @@ class Raster:
             self.offset = ADDED[tag]
         if self.offset is None:
             self.offset = self.told_by_cirrus(seen, ADDED[tag])
+        if self.offset and np.mean((seen > 0) & (seen < 800)) > 0.05:
+            raise DataError(f"{self.name}: much of it is between 0 and 800, so 1,000 was not added "
+                            "to it: --s2-offset 0 for files like this")
         self.judged = True
 
     def told_by_cirrus(self, seen, offset):
@@ -312,15 +324,17 @@ def refuse_other_grid(one, other):
 def place_of(name):
     """Path of a file in a tree -> id, split and scene of its patch, and the sensor `s1`, `s2` or
     `classes`; None where it is of neither layout."""
+    def splits_in(path):
+        return [SPLITS[part.lower()] for part in path.split("/")[:-1] if part.lower() in SPLITS]
+
     if match := ROI.fullmatch(name):
         season, split, sensor, scene, number = match.groups()
-        scene = f"{season}_{scene}"
-        return f"{scene}_{number}", split.lower(), scene, sensor.lower().replace("dfc", "classes")
+        scene, split = f"{season}_{scene}", (*splits_in(name), split.lower())[0]
+        return f"{scene}_{number}", split, scene, sensor.lower().replace("dfc", "classes")
     if match := PLAIN.fullmatch(name):
         above, sensor, below = match.groups("")
         patch = os.path.join(above, below)
-        folders = patch.split("/")[:-1]
-        splits = [SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS]
+        folders, splits = patch.split("/")[:-1], splits_in(patch)
         scene = os.path.dirname(patch) if len(folders) > len(splits) else patch
         return patch, "".join(splits[:1]), scene, sensor.lower()
     return None
@@ -367,8 +381,8 @@ def read_legend(tree):
         legend["classes"] = dict(legend["classes"])
         classes = set(legend["classes"].values())
         texts = all(isinstance(name, str) and name for name in [*names, *classes])
-        twice = len({*names, *codes}) < len(names + codes)
-        unfit = len(legend) > 3 or twice or not texts or not legend["s1"]
+        twice = texts and len({*map(band_name, names), *codes}) < len(names + codes)
+        unfit = len(legend) > 3 or twice or not texts or not legend["s1"] or legend["s2"] == []
         if unfit or not 2 <= len(classes) < IGNORE:
             raise ValueError("another key, an empty name, a band or code twice, or not 2 to 254 "
                              "classes")
@@ -423,6 +437,8 @@ def read_classes(raster, legend):
     if nodata in map(int, legend):
         raise DataError(f"{raster.name}: {nodata:g} is no data there and a class here: "
                         "gdal_edit.py -unsetnodata, or take it out of legend.json")
+    if np.any(codes[there] % 1):
+        raise DataError(f"{raster.name}: holds fractions: resample classes by nearest")
     codes = np.where(there, codes, np.nan)
     if legend == DFC_CODES and np.any((codes > 10) & (codes != IGNORE)):
         raise DataError(f"{raster.name}: holds codes above 10, which are not DFC2020's: "
@@ -765,7 +781,7 @@ def check(patches):
     print("published: SEN12MS 180,662 patches in four seasons; DFC2020 986 validation, 5,128 test")
     records, splits = patches.records[patches.rows], patches.splits[patches.rows]
     for split, count in Counter(splits).items():
-        print(f"{split or 'patches'}: {count:,}")
+        print(f"{split or 'in no split'}: {count:,}")
     if {*splits} >= {*TRAINED_ON}:
         print("classifiers learn from train and validation; move away what they should not see")
     labels = [] if patches.labels is None else patches.labels[patches.rows].tolist()

@@ -258,7 +258,7 @@ def choose_penalty(task, x, y, weight, rows, scenes, labels, seed):
     true = y.cpu().numpy()
     model, scores = None, []
     for penalty in PENALTIES:  # each fit starts where the one before ended
-        model = fit(task, x, y, weight, penalty, model, tolerance=1e-3, iterations=50)
+        model = fit(task, x, y, weight, penalty, model, tolerance=1e-5, iterations=200)
         logits = predict(x, *model).cpu().numpy()
         held_out = logits[range(len(x)), fold]  # of each crop, by the fit that lacked it
         scores.append(score(task, true, held_out)["average"])

@@ -66,8 +66,10 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
         are given here.
     bands: {"s1": names, "s2": names} to be checked.
     scale: a key of SCALING. stats, for `standard`: {"s1": {"mean": [dB], "std": [dB]}, "s2": ...}.
-    -> two float32 tensors, finite for any input. ValueError for another number of bands or scale.
+    -> two float32 tensors, finite. ValueError for masked arrays, another scale or number of bands.
     """
+    if any(hasattr(x, "mask") for x in (s1, s2)):
+        raise ValueError("masked arrays: fill them, S1 with NaN, S2 with 0")
     s1, s2 = (x if torch.is_tensor(x) else torch.tensor(x) for x in (s1, s2))  # arrays: copied
     for sensor, x in {"s1": s1, "s2": s2}.items():
         if bands and x.shape[1] != len(bands[sensor]):
@@ -396,12 +398,10 @@ def released_resnets(weights):
     if "backbone1.layer1.0.conv3.weight" in weights:
         content["arch"] = "resnet50"
     for sensor, prefix in (("s1", "backbone1."), ("s2", "backbone2.")):
-        encoder, head = {}, {}
-        for key, weight in weights.items():
-            if key.startswith(prefix + "fc."):
-                head[key.removeprefix(prefix + "fc.")] = weight
-            elif key.startswith(prefix):
-                encoder[key.removeprefix(prefix)] = weight
+        encoder = {key.removeprefix(prefix): weight for key, weight in weights.items()
+                   if key.startswith(prefix)}
+        head = {key.removeprefix("fc."): encoder.pop(key) for key in [*encoder]
+                if key.startswith("fc.")}
         content["encoders"][sensor] = encoder
         if "2.weight" in head:
             content["heads"][sensor] = head

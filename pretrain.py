@@ -98,7 +98,8 @@ def join_processes(args):
 
 def meeting(rank):
     """Where the processes tell each other their addresses. torchrun's store outlives a restart and
-    still holds the addresses of dead processes, so each restart gets a part of its own."""
+    still holds the addresses of dead processes, so each restart gets a part of its own. Of several
+    hosts' processes one that dies before it comes here leaves the others waiting: start anew."""
     store, _, _ = next(dist.rendezvous("env://"))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # it differs between hosts: count anew
@@ -316,7 +317,8 @@ def held_out_retrieval(model, patches, crops, args, stats, cast):
     z1, z2 = (torch.cat(parts) for parts in zip(*embeddings))
     similarity = model.similarity(z1, z2)
     one, other = models.retrieval(similarity), models.retrieval(similarity.T)
-    tqdm.write(f"held out, top-1: {forth} {one['top1']:.1%}, {back} {other['top1']:.1%}")
+    tqdm.write(f"held out, top-1 of {len(similarity)}: {forth} {one['top1']:.1%}, "
+               f"{back} {other['top1']:.1%}")
     return {"candidates": len(similarity), forth: one, back: other}
 
 
@@ -400,7 +402,7 @@ def train(args):
     total = args.epochs * epoch_steps
     n = args.batch_size // world
     mine = slice(rank * n, (rank + 1) * n)  # what this process takes of each batch
-    held = [] if rank else held[::len(held) // LOOKED_UP + 1]  # by the first process
+    held = [] if rank else held[::max(1, math.ceil(len(held) / LOOKED_UP))]  # by the first process
     held_crops = data.grid_crops(held, patches.size, args.crop, 100, middle=True)
     facts = facts_of(args, patches, rows, world)
     device = torch.device(args.device)

@@ -274,6 +274,13 @@ def test_what_is_not_finite_is_missing():
             assert a.isfinite().all() and b.isfinite().all() and a[0, 0, 0, 0] == 0
 
 
+def test_masked_arrays_are_refused():
+    s1, s2 = np.ma.masked_less(np.zeros((1, 2, 4, 4)), 1), np.zeros((1, 13, 4, 4))
+    for pair in ((s1, s2), (s1.data, np.ma.masked_array(s2))):
+        with pytest.raises(ValueError, match="masked arrays: fill them"):
+            models.to_input(*pair, "fixed")
+
+
 def test_the_number_of_bands_is_checked():
     bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
     s1, s2 = torch.zeros(1, 2, 3, 3), torch.zeros(1, 13, 3, 3)
@@ -422,12 +429,13 @@ def test_offset_of_real_pairs_is_found_and_removed(shared, name, tmp_path, monke
     said, = (line for line in packed.splitlines() if "offset" in line)
     assert said.endswith(f": {since_2022.sum()}") and since_2022.sum() == (12, 48)[name == "dfc2020"]
     raw = data.pack(tree, tmp_path / "raw", s2_offset=0)
-    removed = data.pack(tree, tmp_path / "removed", s2_offset=1000)
-    assert not raw.records["offset"].any() and (removed.records["offset"] == 1000).all()
-    assert (removed.arrays[1] == np.maximum(raw.arrays[1], 1000) - 1000).all()
+    removed = data.pack(tree, tmp_path / "removed", s2_offset=1000, max_bad=1)  # to those that show that it was added
+    assert sorted(removed.left_out) == [patches.ids[row] for row in np.flatnonzero(~since_2022)]
+    assert all("so 1,000 was not added to it: --s2-offset 0" in reason for reason in removed.left_out.values())
+    assert not raw.records["offset"].any() and (removed.records["offset"][since_2022] == 1000).all()
+    assert (removed.arrays[1][since_2022] == raw.arrays[1][since_2022] - 1000).all()
     assert (patches.arrays[1][since_2022] == removed.arrays[1][since_2022]).all()
     assert (patches.arrays[1][~since_2022] == raw.arrays[1][~since_2022]).all()
-    assert (raw.arrays[1][~since_2022].min((1, 2, 3)) < 1000).all()
     stats = patches.stats(patches.rows)
     for scale in models.SCALING:
         for row in (np.argmax(since_2022), len(since_2022) - 1):
@@ -661,6 +669,7 @@ HOLES = {  # how a file says what was not seen
            "-9999 in a band": tagged(-9999, bands=slice(1)), "64 bit": tagged(-9999, dtype=np.float64), "int": tagged(-32768, dtype=np.int16),
            "8 bit": tagged(-128, dtype=np.int8), "internal": masked(True), ".msk": masked(False), ".aux.xml": beside(-9999), "VRT": as_vrt},
     "s2": {"0": tagged(0), "65535": tagged(65_535), "-9999": tagged(-9999, dtype=np.int16), "0 untagged": tagged(0, True),
+           "65535 untagged": tagged(65_535, True), "32767 untagged": tagged(32_767, True, dtype=np.int16),
            "float": tagged(np.nan, dtype=np.float32), "float -9999": tagged(-9999, dtype=np.float64), "float untagged": tagged(np.nan, True, dtype=np.float32),
            "internal": masked(True), ".msk": masked(False), ".aux.xml": beside(65_535), ".aux.xml 0": beside(0), "VRT": as_vrt},
 }
@@ -729,7 +738,10 @@ UNITS = {  # sensor, what the file holds, words of the refusal or None
     "power": ("s1", lambda s1, s2: 10 ** (s1 / 10), "is not dB"),
     "power, 8 bit": ("s1", lambda s1, s2: (s1 * 5 + 255).clip(1, 255).astype(np.uint8), "is not dB"),
     "complex": ("s1", lambda s1, s2: s1 * np.complex64(1 + 1j), "complex64"),
+    "log10 of power": ("s1", lambda s1, s2: s1 / 10, "is not dB"),
     "untagged": ("s1", lambda s1, s2: np.where(s1 < -20, np.float32(-9999), s1), "-9999 to .*a_nodata"),
+    "untagged -99": ("s1", lambda s1, s2: np.where(s1 < -20, np.float32(-99), s1), "-99 to .*a_nodata"),
+    "untagged 99": ("s1", lambda s1, s2: np.where(s1[0] < -15, np.float32(99), s1), "to 99, .*a_nodata"),
     "float x 10,000": ("s2", lambda s1, s2: s2.astype(np.float32), None),
     "int32": ("s2", lambda s1, s2: s2.astype(np.int32), None),
     "dark": ("s2", lambda s1, s2: s2 // 100 + 1, None),
@@ -949,6 +961,36 @@ def test_splits_in_any_case_and_place(folder, split, tmp_path, rng):
     assert patches.splits.tolist() == [split] and patches.ids == [f"{folder.format('')}/a".replace("//", "/").strip("/")]
 
 
+def test_folders_are_splits_of_files_of_any_name(tmp_path, rng):
+    for number, folder in enumerate(("ROIs1158_spring", "test", "Train", "x/val")):
+        for sensor, image in zip(("s1", "s2"), clean(rng)):
+            write_tif(tmp_path / f"t/{folder}/ROIs1158_spring_{sensor}_1_p{number}.tif", image)
+    patches = data.pack(tmp_path / "t", tmp_path / "store")
+    assert patches.splits.tolist() == ["spring", "test", "train", "validation"]
+
+
+def test_control_points_are_no_grid(tmp_path, rng):
+    corners = [rasterio.control.GroundControlPoint(y, x, 12 + x / 1e4, 50 - y / 1e4) for x in (0, 10) for y in (0, 12)]
+    path = write_tif(tmp_path / "x.tif", clean(rng)[0], gcps=corners, crs="EPSG:4326", transform=None)
+    with pytest.raises(data.DataError, match="x.tif: placed by control points"):
+        data.Raster(path, "s1", data.S1_BANDS)
+
+
+def test_the_order_of_bands_without_names_is_asked_for_where_there_are_two(tmp_path, rng):
+    """A legend may name all the bands of a product in an order of its own."""
+    alphabet = sorted(data.L2A_BANDS)
+    image = np.arange(1, 13, dtype=np.uint16)[:, None, None] * np.ones((12, 4, 5), np.uint16) * 100
+    path = write_tif(tmp_path / "x.tif", image)
+    with pytest.raises(data.DataError, match="x.tif: its bands have no names: .*order="):
+        data.Raster(path, "s2", alphabet, 0)
+    for order in (alphabet, data.L2A_BANDS):
+        values = data.Raster(path, "s2", alphabet, 0, order).values()[:, 0, 0]
+        assert values.tolist() == [100 * (1 + order.index(band)) for band in alphabet]
+    numbered = write_tif(tmp_path / "y.tif", image[:4], ["b1", "b2", "b3", "b4"])  # which are not B1 to B4
+    with pytest.raises(data.DataError, match="y.tif: 4 bands, b1 b2 b3 b4; needed are B4 B3 B2: name them"):
+        data.Raster(numbered, "s2", models.RGB, 0)
+
+
 def test_train_and_val_are_said_and_one_name_in_two_splits_is_two_patches(tmp_path, rng, capsys):
     for folder in ("train", "Val", "test"):
         for patch in "ab":
@@ -1152,6 +1194,9 @@ def test_codes_that_are_not_dfc2020s_are_asked_for(tmp_path, rng):
         patches = data.pack(tmp_path / "t", tmp_path / f"store{code}")
         assert {*np.unique(patches.arrays[2])} == {data.CLASSES.index("Water"), 255}
     (tmp_path / "t/legend.json").write_text('{"classes": {"10": "trees", "30": "grass"}}')
+    write_tif(files["classes"], np.full((1, 16, 16), 20.5, np.float32))
+    with pytest.raises(data.DataError, match="9.tif: holds fractions: resample classes by nearest"):
+        data.pack(tmp_path / "t", tmp_path / "legend")
     write_tif(files["classes"], rng.choice([10, 30, 40], (1, 16, 16)).astype(np.uint8))
     assert {*np.unique(data.pack(tmp_path / "t", tmp_path / "legend").arrays[2])} == {0, 1, 255}
 
@@ -1298,6 +1343,8 @@ WRONG_LEGENDS = {
     "no name": ('{"s1": [null, "VV"]}', "legend.json: .*an empty name"),
     "a number": ('{"s2": ["B2", 3]}', "legend.json: .*an empty name"),
     "no band": ('{"s1": []}', "legend.json: .*an empty name"),
+    "no band of S2": ('{"s2": []}', "legend.json: .*an empty name"),
+    "two dates": ('{"s1": ["VV_asc", "VV_desc"]}', "twice"),
     "a class that is a number": ('{"classes": {"1": 5, "2": "b"}}', "legend.json: .*an empty name"),
 }
 
