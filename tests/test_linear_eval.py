@@ -295,6 +295,20 @@ def test_the_penalty_is_the_one_that_predicts_other_patches_best():
     assert right[found] > max(right.values()) - 0.01 > min(right.values()) + 0.01
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_penalty_is_chosen_among_fits_that_have_converged(seed, monkeypatch):
+    """Where there are more features than patches, fits that are broken off rank the penalties otherwise."""
+    rng, patches, crops, d = np.random.default_rng(seed), 20, 6, 256
+    labels, row = np.arange(patches) % 5, np.repeat(np.arange(patches), crops)
+    x = 0.15 * rng.normal(size=(5, d))[labels[row]] + 0.7 * rng.normal(size=(patches, d))[row] + rng.normal(size=(len(row), d))
+    x = torch.from_numpy(x @ np.linalg.svd(x - x.mean(0), full_matrices=False)[2].T).float()
+    y, fit, chosen = torch.eye(5)[labels[row]], linear_eval.fit, []
+    for settings in ({}, {"tolerance": 2e-7, "iterations": 2000}):
+        monkeypatch.setattr(linear_eval, "fit", lambda *args, s=settings, **given: fit(*args, **{**given, **s}))
+        chosen.append(linear_eval.choose_penalty("single", x, y, torch.ones(len(x)), row, row, labels[row], 0))
+    assert chosen[0] == chosen[1]
+
+
 @pytest.mark.parametrize("task", ["single", "multi"])
 def test_a_patch_that_is_not_chosen_teaches_nothing(task):
     (train, labels), (test, _) = made_up(48, 0), made_up(40, 1)
