@@ -129,8 +129,8 @@ class Raster:
     bands: names of those to read, in their order; None: the only one, of a class map, for read()
     alone. offset: of S2, beside reflectance x 10,000; None: judge() finds it. order: the bands of a
     file that names none, as a legend.json (Patches.stored) says; of a product, or None: those of
-    the product that has as many, with None or else `bands`. tif: the open file. numbers: of the
-    bands in it. Raises DataError.
+    the product that has as many; with None perhaps `bands`, refused where they would differ. tif:
+    the open file. numbers: of the bands in it. Raises DataError.
     """
 
     def __init__(self, path, sensor, bands, offset=None, order=None):
@@ -143,8 +143,8 @@ class Raster:
         self.alpha = self.tif.count > 1 and self.tif.colorinterp[-1] == ColorInterp.alpha
         self.count = self.tif.count - self.alpha
         if not bands and self.count > 1:
-            raise DataError(f"{self.name}: {self.count} bands: a class map has one, and what takes "
-                            f"no band of {sensor} needs no such file")
+            some = "a class map has one" if bands is None else f"no band of {sensor} is asked for"
+            raise DataError(f"{self.name}: {self.count} bands: {some}")
         if self.tif.gcps[0] and self.tif.transform.is_identity:
             raise DataError(f"{self.name}: placed by control points: terrain-correct or warp it")
         products = [S1_BANDS, S2_BANDS, L2A_BANDS]
@@ -158,8 +158,8 @@ class Raster:
         """-> their numbers, from 1 on: by the names of the bands; where none has one, by those of a
         VRT's files; where these tell nothing, by position in a product of as many bands."""
         texts = self.tif.descriptions[:self.count]
+        names = [band_name(text) for text in texts]
         numbered = texts == tuple(f"b{1 + k}" for k in range(len(texts)))  # any stack, not B1, B2
-        names = ["" if numbered else band_name(text) for text in texts]
         if not any(names) and self.tif.driver == "VRT":
             names = texts = [band_of_file(self.tif, 1 + k) for k in range(self.count)]
         self.named = any(names)
@@ -170,10 +170,11 @@ class Raster:
         if fits and not self.named:
             names = fits[0]
             if any(fit != names for fit in fits):
-                raise DataError(f"{self.name}: its bands have no names: in the order of a product "
-                                "or of the store? Say order=, as Patches.stored has it")
+                raise DataError(f"{self.name}: its bands have no names: are they in the order of a "
+                                "product? Name them, or say order=, as Patches.stored has it")
         self.names = names
-        if "" in names or any(names.count(name) != 1 for name in wanted):
+        unclear = "" in names or any(names.count(name) != 1 for name in wanted)
+        if unclear or (numbered and len(products) > 1):
             raise DataError(f"{self.name}: {len(texts)} bands, {' '.join(map(str, texts))}; needed "
                             f"are {' '.join(self.bands)}: name them, or see legend.json in README")
         return [names.index(name) + 1 for name in wanted]
@@ -181,7 +182,7 @@ class Raster:
     def read(self, window=None):
         """-> (c, h, w) as in the file; (h, w) bool: which pixels are there. A pixel is missing if
         the nodata value or a mask says so of any band, if a band is not finite or, of images, if
-        all are 0 or the highest of their integers; of classes 0 is one."""
+        all are 0, 32,767 or 65,535; of classes 0 is one."""
         tif = self.tif
         # Nodata 0 of S2 would take a pixel with one dark band for missing; a true mask would not.
         zero_is_dark = self.sensor == "s2" and tif.nodata == 0
@@ -193,8 +194,7 @@ class Raster:
         there = ~mask.any(0) & (alpha > 0)  # GDAL minds alpha in pictures alone
         if self.bands:
             there &= image.any(0)  # the edge of many products is 0, often untagged
-            if image.dtype.kind in "iu":  # saturated, or a fill value
-                there &= (image < np.iinfo(image.dtype).max).any(0)
+            there &= ((image != 32_767) & (image != 65_535)).any(0)  # the highest of 16 bits
         if image.dtype.kind == "f":
             there &= np.isfinite(image).all(0)
         return image, there
@@ -228,11 +228,11 @@ class Raster:
                 raise DataError(f"{self.name}: its tags say that 1,000 was added, --s2-offset says "
                                 "0: gdal_edit.py -offset 0 where the tags are wrong")
             self.offset = ADDED[tag]
-        if self.offset is None:
+        elif self.offset is None:
             self.offset = self.told_by_cirrus(seen, ADDED[tag])
-        if self.offset and np.mean((seen > 0) & (seen < 800)) > 0.05:
-            raise DataError(f"{self.name}: much of it is between 0 and 800, so 1,000 was not added "
-                            "to it: --s2-offset 0 for files like this")
+        elif self.offset and np.mean((seen > 0) & (seen < 800)) > 0.05:
+            raise DataError(f"{self.name}: much of it is between 0 and 800, but --s2-offset says "
+                            "that 1,000 was added: say 0 for files like this")
         self.judged = True
 
     def told_by_cirrus(self, seen, offset):
@@ -324,17 +324,15 @@ def refuse_other_grid(one, other):
 def place_of(name):
     """Path of a file in a tree -> id, split and scene of its patch, and the sensor `s1`, `s2` or
     `classes`; None where it is of neither layout."""
-    def splits_in(path):
-        return [SPLITS[part.lower()] for part in path.split("/")[:-1] if part.lower() in SPLITS]
-
     if match := ROI.fullmatch(name):
         season, split, sensor, scene, number = match.groups()
-        scene, split = f"{season}_{scene}", (*splits_in(name), split.lower())[0]
-        return f"{scene}_{number}", split, scene, sensor.lower().replace("dfc", "classes")
+        scene = f"{season}_{scene}"
+        return f"{scene}_{number}", split.lower(), scene, sensor.lower().replace("dfc", "classes")
     if match := PLAIN.fullmatch(name):
         above, sensor, below = match.groups("")
         patch = os.path.join(above, below)
-        folders, splits = patch.split("/")[:-1], splits_in(patch)
+        folders = patch.split("/")[:-1]
+        splits = [SPLITS[folder.lower()] for folder in folders if folder.lower() in SPLITS]
         scene = os.path.dirname(patch) if len(folders) > len(splits) else patch
         return patch, "".join(splits[:1]), scene, sensor.lower()
     return None
@@ -384,8 +382,8 @@ def read_legend(tree):
         twice = texts and len({*map(band_name, names), *codes}) < len(names + codes)
         unfit = len(legend) > 3 or twice or not texts or not legend["s1"] or legend["s2"] == []
         if unfit or not 2 <= len(classes) < IGNORE:
-            raise ValueError("another key, an empty name, a band or code twice, or not 2 to 254 "
-                             "classes")
+            raise ValueError("another key, an empty name, two names of one band, a code twice, or "
+                             "not 2 to 254 classes")
     except (ValueError, TypeError) as error:
         raise DataError(f'{path}: {error}. It may hold "s1" and "s2", lists of band names, and '
                         '"classes", {"CODE": "NAME", ...}') from None

@@ -113,14 +113,15 @@ def is_done(settings, results, path):
 
 def evaluate(args, content):
     """Train and test a classifier per seed, task and label fraction: a result line each."""
-    if min(args.lr, args.classifier_lr, args.weight_decay) < 0:
-        raise data.DataError("--lr, --classifier-lr, --weight-decay: none is negative")
+    if args.batch_size == 1 or min(args.lr, args.classifier_lr, args.weight_decay) < 0:
+        raise data.DataError("--batch-size: 2 or more, as batch norm needs others; no rate and no "
+                             "decay is negative")
     patches, train_rows, test_rows, scaling = linear_eval.open_labelled(args, content)
     if reason := models.spoilt_gradients(args.method, args.crop, args.precision, args.device):
         raise data.DataError(reason)
     results, labels = linear_eval.Results(args.results), patches.labels[train_rows]
     protocol = "finetune" if content else "scratch"
-    options = OPTIONS + ("same_crops",) * args.same_crops
+    options = OPTIONS + ("equal_crops",) * args.equal_crops
     for settings in linear_eval.planned_runs(args, content, patches, options, protocol=protocol):
         task, fraction, seed = (settings[key] for key in ("task", "label_fraction", "seed"))
         path = args.save and args.save / f"{args.method}_{task}_{fraction:g}_seed{seed}.pt"
@@ -130,10 +131,8 @@ def evaluate(args, content):
         encoders = linear_eval.make_encoders(args, content, patches, seed)
         model = models.Classifier(encoders, len(patches.classes))
         name = f"{args.method} {task} {100 * fraction:g} % seed {seed}"
-        if len(chosen) // math.ceil(len(chosen) / args.batch_size) == 1:
-            raise data.DataError("--batch-size: leaves batch norm a single crop: choose another")
         all_rows = linear_eval.training_rows(labels, 1, seed, args.label_sampling)
-        times = len(all_rows) / len(chosen) if args.same_crops else 1
+        times = len(all_rows) / len(chosen) if args.equal_crops else 1
         train(model, scaling, patches, train_rows[chosen], task, seed, args, name, times)
         crops = linear_eval.extract(model.eval(), scaling, patches, test_rows, args)
         labelled = crops[task].any(1)
@@ -477,7 +476,7 @@ def main():
     add("--s2", help="GeoTIFF of reflectance x 10,000, on the same grid")
     add("--step", type=data.positive, help="px between windows (default: half the crop)")
     add("--s2-offset", type=int, choices=(0, 1000), help="default: as B10 or a tag shows")
-    add("--same-crops", action="store_true", help="more epochs with few labels: as many crops")
+    add("--same-crops", dest="equal_crops", action="store_true", help="as many with few labels")
     # As in the released code:
     add("--epochs", type=data.positive, default=200)
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")

@@ -69,7 +69,7 @@ def to_input(s1, s2, scale, stats=None, bands=None, s2_offset=0):
     -> two float32 tensors, finite. ValueError for masked arrays, another scale or number of bands.
     """
     if any(hasattr(x, "mask") for x in (s1, s2)):
-        raise ValueError("masked arrays: fill them, S1 with NaN, S2 with 0")
+        raise ValueError("masked arrays: fill them, S1 with NaN or -32768, S2 with 0")
     s1, s2 = (x if torch.is_tensor(x) else torch.tensor(x) for x in (s1, s2))  # arrays: copied
     for sensor, x in {"s1": s1, "s2": s2}.items():
         if bands and x.shape[1] != len(bands[sensor]):

@@ -431,7 +431,7 @@ def test_offset_of_real_pairs_is_found_and_removed(shared, name, tmp_path, monke
     raw = data.pack(tree, tmp_path / "raw", s2_offset=0)
     removed = data.pack(tree, tmp_path / "removed", s2_offset=1000, max_bad=1)  # to those that show that it was added
     assert sorted(removed.left_out) == [patches.ids[row] for row in np.flatnonzero(~since_2022)]
-    assert all("so 1,000 was not added to it: --s2-offset 0" in reason for reason in removed.left_out.values())
+    assert all("but --s2-offset says that 1,000 was added: say 0" in reason for reason in removed.left_out.values())
     assert not raw.records["offset"].any() and (removed.records["offset"][since_2022] == 1000).all()
     assert (removed.arrays[1][since_2022] == raw.arrays[1][since_2022] - 1000).all()
     assert (patches.arrays[1][since_2022] == removed.arrays[1][since_2022]).all()
@@ -670,6 +670,7 @@ HOLES = {  # how a file says what was not seen
            "8 bit": tagged(-128, dtype=np.int8), "internal": masked(True), ".msk": masked(False), ".aux.xml": beside(-9999), "VRT": as_vrt},
     "s2": {"0": tagged(0), "65535": tagged(65_535), "-9999": tagged(-9999, dtype=np.int16), "0 untagged": tagged(0, True),
            "65535 untagged": tagged(65_535, True), "32767 untagged": tagged(32_767, True, dtype=np.int16),
+           "65535 in floats": tagged(65_535, True, dtype=np.float32),
            "float": tagged(np.nan, dtype=np.float32), "float -9999": tagged(-9999, dtype=np.float64), "float untagged": tagged(np.nan, True, dtype=np.float32),
            "internal": masked(True), ".msk": masked(False), ".aux.xml": beside(65_535), ".aux.xml 0": beside(0), "VRT": as_vrt},
 }
@@ -961,14 +962,6 @@ def test_splits_in_any_case_and_place(folder, split, tmp_path, rng):
     assert patches.splits.tolist() == [split] and patches.ids == [f"{folder.format('')}/a".replace("//", "/").strip("/")]
 
 
-def test_folders_are_splits_of_files_of_any_name(tmp_path, rng):
-    for number, folder in enumerate(("ROIs1158_spring", "test", "Train", "x/val")):
-        for sensor, image in zip(("s1", "s2"), clean(rng)):
-            write_tif(tmp_path / f"t/{folder}/ROIs1158_spring_{sensor}_1_p{number}.tif", image)
-    patches = data.pack(tmp_path / "t", tmp_path / "store")
-    assert patches.splits.tolist() == ["spring", "test", "train", "validation"]
-
-
 def test_control_points_are_no_grid(tmp_path, rng):
     corners = [rasterio.control.GroundControlPoint(y, x, 12 + x / 1e4, 50 - y / 1e4) for x in (0, 10) for y in (0, 12)]
     path = write_tif(tmp_path / "x.tif", clean(rng)[0], gcps=corners, crs="EPSG:4326", transform=None)
@@ -989,6 +982,8 @@ def test_the_order_of_bands_without_names_is_asked_for_where_there_are_two(tmp_p
     numbered = write_tif(tmp_path / "y.tif", image[:4], ["b1", "b2", "b3", "b4"])  # which are not B1 to B4
     with pytest.raises(data.DataError, match="y.tif: 4 bands, b1 b2 b3 b4; needed are B4 B3 B2: name them"):
         data.Raster(numbered, "s2", models.RGB, 0)
+    legend = ["b2", "b1", "b4", "b3"]  # which says that they are names
+    assert data.Raster(numbered, "s2", legend, 0, legend).values()[:, 0, 0].tolist() == [200, 100, 400, 300]
 
 
 def test_train_and_val_are_said_and_one_name_in_two_splits_is_two_patches(tmp_path, rng, capsys):

@@ -153,7 +153,7 @@ def test_same_crops_with_few_labels(labelled, tmp_path, monkeypatch):
     assert [drop for (_, (drop,), _), _ in drops[:3]] == [2] * 3
     assert np.allclose([drop for (_, (drop,), _), _ in drops], np.multiply(epochs, 2 / 3), atol=1)
     assert len(linear_eval.Results(tmp_path).read()) == 6
-    assert all("same_crops" not in line["args"] for line in linear_eval.Results(tmp_path).read()[:3])
+    assert all("equal_crops" not in line["args"] for line in linear_eval.Results(tmp_path).read()[:3])
 
 
 def test_a_loss_that_is_not_finite_is_named(labelled):
@@ -281,7 +281,7 @@ def test_bf16_on_a_cpu_with_crops_whose_gradients_are_wrong_is_refused(tmp_path,
                                              ("only-s2", 17, "bf16", False), ("only-s2", 16, "float32", False)):
         assert bool(models.spoilt_gradients(method, crop, precision, "cpu")) == refused
     for options in (["--batch-size", 1], ["--lr", -1], ["--weight-decay", -1]):
-        with pytest.raises(data.DataError, match="--batch-size: leaves batch norm a single crop|-decay: none is negative"):
+        with pytest.raises(data.DataError, match="--batch-size: 2 or more, .*; no rate and no decay is negative"):
             call(monkeypatch, finetune, "--data", labelled, "--results", tmp_path, *options)
     with pytest.raises(data.DataError, match="--crop 16: on a CPU bf16 gradients"):
         call(monkeypatch, finetune, "--method", "only-s2", "--data", labelled, "--crop", 16, "--precision", "bf16",
