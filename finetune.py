@@ -476,7 +476,7 @@ def main():
     add("--s2", help="GeoTIFF of reflectance x 10,000, on the same grid")
     add("--step", type=data.positive, help="px between windows (default: half the crop)")
     add("--s2-offset", type=int, choices=(0, 1000), help="default: as B10 or a tag shows")
-    add("--same-crops", dest="equal_crops", action="store_true", help="as many with few labels")
+    add("--same-crops", dest="equal_crops", action="store_true", help="more epochs with few labels")
     # As in the released code:
     add("--epochs", type=data.positive, default=200)
     add("--lr", type=float, default=1e-5, help="of the encoders (default %(default)s)")
