@@ -258,7 +258,7 @@ def choose_penalty(task, x, y, weight, rows, scenes, labels, seed):
     true = y.cpu().numpy()
     model, scores = None, []
     for penalty in PENALTIES:  # each fit starts where the one before ended
-        model = fit(task, x, y, weight, penalty, model, tolerance=1e-5, iterations=200)
+        model = fit(task, x, y, weight, penalty, model, tolerance=1e-6, iterations=200)
         logits = predict(x, *model).cpu().numpy()
         held_out = logits[range(len(x)), fold]  # of each crop, by the fit that lacked it
         scores.append(score(task, true, held_out)["average"])
@@ -281,12 +281,12 @@ def probe(task, train, test, chosen, patch_labels, seed, device="cpu"):
     x, queries = (x - mean) / sd, (queries - mean) / sd
     # A penalty on |weights| does not notice a rotation, but L-BFGS does: along the principal axes,
     # whose variances are apart, it needs a fraction of the steps.
-    axes = torch.linalg.svd(x, full_matrices=False).Vh.T  # (D, min(n, D))
-    x = x @ axes
+    axes = torch.linalg.eigh(x.double().T @ x.double()).eigenvectors[:, -min(x.shape):]
+    x = x @ axes.float()  # (n, min(n, D))
     rows, scenes = train["row"][used], train["scene"][used]
     penalty = choose_penalty(task, x, y, weight, rows, scenes, patch_labels[rows], seed)
     model = fit(task, x.double(), y, weight[None].double(), penalty)
-    logits = predict(queries.double() @ axes.double(), *model)[:, 0]
+    logits = predict(queries.double() @ axes, *model)[:, 0]
     counts = {"train_patches": len(set(chosen)), "train_crops": len(x), "test_crops": len(true),
               "penalty": penalty}
     return score(task, true, logits.cpu().numpy()), counts

@@ -22,7 +22,7 @@ if [ "${sen12ms:+given}" != "${dfc2020:+given}" ]; then
 fi
 cd "$(dirname "$(realpath "$0")")"
 
-gpus=$(python -c "import torch; print(torch.cuda.device_count())")
+gpus=$(python -c "import torch; print(torch.cuda.is_available() * torch.cuda.device_count())")
 cores=$(python -c "import os; print(len(os.sched_getaffinity(0)))")
 IFS=, read -ra visible <<< "${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((gpus > 0 ? gpus - 1 : 0)))}"
 # Jobs that do not depend on each other: one per GPU at a time, on a CPU two at a time with half the cores each.

@@ -265,7 +265,7 @@ def test_labels_that_none_or_all_samples_have_are_predicted_so():
 @pytest.mark.parametrize("n", [30, 300])
 def test_principal_axes_leave_the_solution_as_it_is(n):
     x, y, weight = problem(3, n=n, d=100)
-    axes = torch.linalg.svd(x, full_matrices=False).Vh.T  # as in probe()
+    axes = torch.linalg.eigh(x.T @ x).eigenvectors[:, -min(x.shape):]  # as in probe()
     assert axes.shape == (100, min(n, 100))
     assert torch.allclose(axes.T @ axes, torch.eye(axes.shape[1]).double())
     one, other = (fitted("single", v, y, weight[None], 0.1, v, tolerance=1e-9) for v in (x, x @ axes))
@@ -295,7 +295,7 @@ def test_the_penalty_is_the_one_that_predicts_other_patches_best():
     assert right[found] > max(right.values()) - 0.01 > min(right.values()) + 0.01
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 3, 15, 19, 25])
 def test_the_penalty_is_chosen_among_fits_that_have_converged(seed, monkeypatch):
     """Where there are more features than patches, fits that are broken off rank the penalties otherwise."""
     rng, patches, crops, d = np.random.default_rng(seed), 20, 6, 256
