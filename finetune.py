@@ -247,8 +247,8 @@ def share_table(heading, lines):
 
 
 def draw_fractions(axis, lines, beside_poster):
-    """Average accuracy against the share of labels: our mean and standard deviation over seeds, and
-    the poster's points."""
+    """Average accuracy by share of the labels, mean and sd over seeds, and the poster's points."""
+    axis.set_prop_cycle(linestyle=["-", "--", ":", "-."])  # several rows of a method have one colour
     for method, (marker, colour, published) in CURVES.items():
         if beside_poster:
             axis.plot(PERCENT, published, marker, color="0.6", label=f"{TITLES[method]}, poster")
@@ -264,7 +264,8 @@ def draw_fractions(axis, lines, beside_poster):
         axis.errorbar(*zip(*points), color=colour, marker=marker, capsize=3, label=title)
     axis.set(xscale="log", xlabel="labelled training data, %", ylabel="average accuracy, %")
     axis.set_xticks(PERCENT, map(str, PERCENT))
-    axis.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False)
+    axis.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False,
+                loc="upper center", bbox_to_anchor=(0.5, -0.14))
 
 
 def report_part(axis, lines, classes, simulated):
@@ -295,7 +296,7 @@ def report(folder):
     parts = [f"# {heading}\n",
              "Mean ± standard deviation over seeds; best average bold; `-`: no such number.\n"]
     by_classes = grouped(lines, lambda line: tuple(line["classes"]))
-    figure = Figure((5.6 * len(by_classes), 4), layout="constrained")
+    figure = Figure((5.6 * len(by_classes), 5), layout="constrained")
     axes = figure.subplots(1, len(by_classes), squeeze=False)
     for axis, (classes, group) in zip(axes[0], by_classes.items()):
         parts.append(report_part(axis, group, classes, simulated))

@@ -269,6 +269,18 @@ def test_the_poster_is_drawn_beside_its_own_classes_alone(tmp_path, monkeypatch,
     assert ("SIMULATED" in title) == ("SIMULATED" in other) == simulated
 
 
+def test_two_pretrainings_of_a_method_are_told_apart_and_the_legend_hides_no_curve(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    report_of(monkeypatch, tmp_path, [result_line(0.5), result_line(0.6, checkpoint="other")])
+    figures[0].draw_without_rendering()
+    axis, = figures[0].axes
+    one, other = (curve[0] for curve in axis.containers)
+    assert one.get_color() == other.get_color() and one.get_linestyle() != other.get_linestyle()
+    assert axis.get_legend().get_window_extent().y1 < axis.get_window_extent().y0
+    assert axis.get_legend().get_window_extent().y0 > 0
+
+
 def test_report_without_results_is_one_line(tmp_path):
     result = user("finetune.py", "--report", tmp_path / "none")
     assert result.returncode == 2 and result.stderr.count("\n") == 1
