@@ -265,7 +265,7 @@ def draw_fractions(axis, lines, beside_poster):
     axis.set(xscale="log", xlabel="labelled training data, %", ylabel="average accuracy, %")
     axis.set_xticks(PERCENT, map(str, PERCENT))
     axis.legend(*axis.get_legend_handles_labels(), fontsize=7, frameon=False,
-                loc="upper center", bbox_to_anchor=(0.5, -0.14))
+                loc="upper left", bbox_to_anchor=(1, 1))  # beside the axes: it may be long
 
 
 def report_part(axis, lines, classes, simulated):
@@ -296,7 +296,7 @@ def report(folder):
     parts = [f"# {heading}\n",
              "Mean ± standard deviation over seeds; best average bold; `-`: no such number.\n"]
     by_classes = grouped(lines, lambda line: tuple(line["classes"]))
-    figure = Figure((5.6 * len(by_classes), 5), layout="constrained")
+    figure = Figure((9 * len(by_classes), 4), layout="constrained")
     axes = figure.subplots(1, len(by_classes), squeeze=False)
     for axis, (classes, group) in zip(axes[0], by_classes.items()):
         parts.append(report_part(axis, group, classes, simulated))
