@@ -248,7 +248,7 @@ def share_table(heading, lines):
 
 def draw_fractions(axis, lines, beside_poster):
     """Average accuracy by share of the labels, mean and sd over seeds, and the poster's points."""
-    axis.set_prop_cycle(linestyle=["-", "--", ":", "-."])  # several rows of a method have one colour
+    axis.set_prop_cycle(linestyle=["-", "--", ":", "-."])  # rows of a method have one colour
     for method, (marker, colour, published) in CURVES.items():
         if beside_poster:
             axis.plot(PERCENT, published, marker, color="0.6", label=f"{TITLES[method]}, poster")
