@@ -71,13 +71,17 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with places.csv")
     parser.add_argument("out", type=Path, help="folder of the tree")
-    parser.add_argument("--test-fold", required=True, choices=("0", "1"))
+    parser.add_argument("--test-fold", required=True, help="of places.csv, 0 or 1: the others are trained on")
     parser.add_argument("--tune", type=int, choices=range(5), metavar="FIFTH",
                         help="0 to 4: test on that fifth of the training groups, not on the test fold")
     args = parser.parse_args()
     places = rows_of(args.folder / "places.csv", "class", "number", "group", "fold")
     if unknown := {place["class"] for place in places} - {*CLASSES}:
         parser.error(f"places.csv: classes {', '.join(sorted(unknown))}: they are {', '.join(CLASSES)}")
+    folds = {place["fold"] for place in places} - {""}
+    if args.test_fold not in folds or len(folds) == 1:
+        parser.error(f"--test-fold {args.test_fold}: places.csv has the folds {sorted(folds)}: "
+                     "choose one, and another must be there to train on")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out}: is not empty: remove it or choose another folder")
     counts, missing = Counter(), []

@@ -89,11 +89,18 @@ def test_what_is_missing_is_said(folder, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "'train': 18" in said and "sar_0.jpg" in said and "op_1.jpg" in said
     for words, args in (("is not empty", (folder, tmp_path / "out", "--test-fold", "1")),
-                        ("--tune", (folder, tmp_path / "new", "--test-fold", "1", "--tune", "5"))):
+                        ("--tune", (folder, tmp_path / "new", "--test-fold", "1", "--tune", "5")),
+                        ("the folds ['0', '1']", (folder, tmp_path / "new", "--test-fold", "2"))):
         with pytest.raises(SystemExit) as stop:
             call(monkeypatch, sen12, *args)
         assert stop.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_any_fold_is_tested_on_with_the_labels_of_all_others():
+    places = [{"class": "river", "group": str(number), "fold": fold} for number, fold in enumerate(["", *"012"])]
+    assert sen12.splits_of(places, "2", None) == ["", "train", "train", "test"]
+    assert sen12.splits_of(places, "2", 0) == ["", "test", "train", None]
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +157,8 @@ def test_tiles_of_the_real_thing(real, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("change, said", [
     (lambda text: text.replace("class,number", "name,number"), "without lines under class, number, group, fold"),
-    (lambda text: text.replace("river,1097", "lake,1097"), "classes lake"), (lambda text: "", "without lines")])
+    (lambda text: text.replace("river,1097", "lake,1097"), "classes lake"), (lambda text: "", "without lines"),
+    (lambda text: text.replace(",1\n", ",\n").removesuffix("1"), "the folds ['0']")])
 def test_places_that_say_something_else_are_refused_before_a_tile_is_written(change, said, folder, tmp_path):
     (tmp_path / "tiles").mkdir()
     (tmp_path / "tiles/places.csv").write_text(change((folder / "places.csv").read_text()))
