@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import fcntl
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -129,10 +128,8 @@ def planned_runs(args, content, patches, options=(), **more):
     chosen = {name: getattr(args, name) for name in names}
     chosen["precision"] = models.resolve_precision(args.precision, args.device)
     chosen["bands"] = patches.bands
-    weights = Path(args.checkpoint).read_bytes() if content else None
-    checkpoint = weights and hashlib.sha256(weights).hexdigest()[:12]
     common = {**more, "method": args.method, "data": patches.identity, "classes": patches.classes,
-              "simulated": patches.simulated, "args": chosen, "checkpoint": checkpoint}
+              "simulated": patches.simulated, "args": chosen, "checkpoint": content.get("checkpoint")}
     runs = itertools.product(range(args.seeds), args.task, args.label_fraction)
     return [{**common, "task": task, "label_fraction": fraction, "seed": seed}
             for seed, task, fraction in runs]

@@ -314,7 +314,7 @@ def retrieval(similarity):
 # scale, stats {"s1", "s2": {"mean", "std"}}, simulated, args, encoders and heads {"s1", "s2":
 # state_dict}, versions; from pretrain.py also epoch, step, optimizer, random, retrieval, data; a
 # classifier of finetune.py has no heads but fc (state_dict), task, crop, run, scores and stored
-# (bands of its store). No pickle in a file is ever executed.
+# (bands of its store); once read, file, its path, and checkpoint, its hash. No pickle is executed.
 
 # What the weights released with the paper do not say.
 RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "classes": CLASSES,
@@ -356,7 +356,7 @@ def load_checkpoint(path):
     in the same form, on the CPU. path: or what this returned before. Raises CheckpointError."""
     if isinstance(path, dict):
         return path
-    content = read_weights(path)
+    content, digest = read_weights(path)
     weights = content.get("state_dict")
     if not isinstance(weights, dict):
         weights = content
@@ -372,15 +372,16 @@ def load_checkpoint(path):
     for key, known in (("method", METHODS), ("arch", ARCHITECTURES), ("scale", SCALING)):
         if content.get(key) not in known:
             raise CheckpointError(f"{path}: {key} {content.get(key)!r} is not one of {[*known]}")
-    return {**content, "file": str(path)}
+    return {**content, "file": str(path), "checkpoint": digest}
 
 
 def read_weights(path):
-    """-> the dict in a file of torch.save, an empty one where it holds something else."""
+    """-> the dict in a file of torch.save, or an empty one; the hash of the file."""
     try:
+        file = Path(path).read_bytes()  # once: a run that goes on may replace it between
         with warnings.catch_warnings():  # an error says enough
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(io.BytesIO(file), map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror}; python pretrain.py writes it") from None
     except Exception as error:  # a foreign file can raise anything in the unpickler
@@ -389,7 +390,7 @@ def read_weights(path):
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             reason = f"not read, since it would run code: it holds {code[1]}, not only weights"
         raise CheckpointError(f"{path}: {reason}") from error
-    return content if isinstance(content, dict) else {}
+    return content if isinstance(content, dict) else {}, hashlib.sha256(file).hexdigest()[:12]
 
 
 def released_resnets(weights):
@@ -468,8 +469,7 @@ def export(checkpoint, out):
     weights = {name: encoder.state_dict() for name, encoder in encoders.items()}
     if "fc" in content:
         weights["fc"] = content["fc"]
-    card = {"checkpoint": hashlib.sha256(Path(checkpoint).read_bytes()).hexdigest()[:12],
-            "licence": "of simulated data" if content["simulated"] else LICENCE,
+    card = {"licence": "of simulated data" if content["simulated"] else LICENCE,
             "units": {"s1": "sigma nought in dB", "s2": "reflectance x 10,000"},
             "network": "models.VGG" if content["method"] == "mma" else content["arch"],
             "inputs": {name: bands_of(content["bands"], name) for name in encoders},

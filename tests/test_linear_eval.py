@@ -3,6 +3,8 @@ import itertools
 import json
 import multiprocessing
 import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -335,6 +337,44 @@ def test_a_test_label_changes_no_prediction(monkeypatch, task):
     assert scores[0]["average"] > 0.5 > scores[1]["average"]
 
 
+def test_repeats_weigh_in_every_fit_of_a_probe(monkeypatch):
+    """Classes of 24, 12 and 6 patches."""
+    (train, labels), (test, _) = made_up(42, 0, 7), made_up(20, 1, 7)
+    labels = np.digitize(labels, (4, 6))
+    train["single"] = np.eye(7, dtype=np.float32)[labels[train["row"]]]
+    fits, chosen = watch(monkeypatch, linear_eval, "fit"), linear_eval.training_rows(labels, 1, 0)
+    linear_eval.probe("single", train, test, chosen, labels, 0)
+    times = np.bincount(chosen)[train["row"]]
+    assert set(times) == {1, 2, 4}
+    *folds, (_, _, _, weight, *_) = [arguments for arguments, _ in fits]
+    assert np.array_equal(weight, times[None])
+    for _, _, _, weight, *_ in folds:
+        assert len(weight) == 5 and np.array_equal(weight.sum(0), 4 * times) and set(weight.ravel().tolist()) == {0, 1, 2, 4}
+
+
+@pytest.mark.parametrize("task", ["single", "multi"])
+def test_crops_without_a_label_neither_teach_nor_count(task):
+    (train, labels), (test, _) = made_up(48, 0), made_up(40, 1)
+    probed = []
+    for more in (False, True):
+        for crops in (train, test) if more else ():
+            bare = {"x": 50 * crops["x"][:9], "single": np.zeros((9, 8), np.float32), "multi": np.zeros((9, 8), np.float32)}
+            crops |= {name: np.concatenate([values, bare.get(name, values[:9])]) for name, values in crops.items()}
+        probed.append(linear_eval.probe(task, train, test, linear_eval.training_rows(labels, 1, 0), labels, 0))
+    np.testing.assert_equal(*probed)
+
+
+def test_features_of_test_crops_change_no_prediction_of_another(monkeypatch):
+    (train, labels), (test, _) = made_up(48, 0), made_up(40, 1)
+    predictions, score = [], linear_eval.score
+    monkeypatch.setattr(linear_eval, "score", lambda *args: predictions.append(args[2]) or score(*args))
+    for factor in (1, 100):
+        test["x"][1:] *= factor
+        linear_eval.probe("single", train, test, linear_eval.training_rows(labels, 1, 0), labels, 0)
+    one, other = [logits for logits in predictions if len(logits) == len(test["x"])]
+    np.testing.assert_allclose(one[0], other[0], rtol=1e-9)
+
+
 @pytest.mark.parametrize("task, classes", [("single", 2), ("multi", 2), ("single", 80)])
 def test_any_number_of_classes(task, classes):
     train, labels = made_up(2 * classes, 0, classes, 32)
@@ -418,6 +458,8 @@ def test_probe_of_a_checkpoint(tmp_path, labelled, checkpoint, monkeypatch):
     calls = watch(monkeypatch, linear_eval, "extract")
     first = probe("--label-fraction", 0.1, 1)
     assert len(calls) == 2  # training and test crops, whatever the seeds, tasks and fractions
+    stats = models.load_checkpoint(checkpoint)["stats"]  # of what the encoders learnt from
+    assert all(scaling["stats"] == stats for (_, scaling, *_), _ in calls)
     assert len(first) == 8
     assert all(line["simulated"] and line["protocol"] == "linear" for line in first)
     assert all(line["classes"] == list(data.CLASSES) for line in first)
@@ -427,6 +469,65 @@ def test_probe_of_a_checkpoint(tmp_path, labelled, checkpoint, monkeypatch):
 
     (tmp_path / "results.jsonl").unlink()
     assert probe("--label-fraction", 0.1, "--seeds", 1) == first[::2][:2]
+
+
+def test_frozen_features_are_those_of_the_sensors_and_of_the_baseline_asked_for(pairs, checkpoint):
+    patches, encoders = data.Patches(pairs), models.load_encoders(checkpoint)[0]
+    s1, s2 = torch.rand(3, 2, 32, 32), torch.rand(3, 13, 32, 32)
+
+    def features(*inputs, content=(), **options):
+        args = linear_eval.evaluation_parser("").parse_args([])
+        vars(args).update({"baseline": None, "sensors": "both", **options})
+        with torch.no_grad():
+            return linear_eval.frozen_network(args, content, patches)(*inputs)
+
+    content = models.load_checkpoint(checkpoint)
+    alone = [encoders["s1"](s1), encoders["s2"](s2)]
+    for sensors, expected in (("s1", alone[0]), ("s2", alone[1]), ("both", torch.cat(alone, 1))):
+        assert torch.allclose(features(s1, s2, content=content, sensors=sensors), expected, atol=1e-5)
+    whole = features(s1, s2, baseline="random")  # batch norm as after training: no crop depends on another
+    assert torch.allclose(features(s1[:1], s2[:1], baseline="random"), whole[:1], atol=1e-5)
+    bands = features(s1, s2, baseline="bands")
+    for x, found in ((s1, bands[:, :4]), (s2, bands[:, 4:])):
+        expected = np.concatenate([x.numpy().std((2, 3), ddof=1), x.numpy().mean((2, 3))], 1)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_whatever_decides_a_result_makes_another_run(tmp_path):
+    """And is not skipped in the belief that it is done."""
+    def planned(**change):
+        args = linear_eval.evaluation_parser("").parse_args(["--seeds", "1", "--checkpoint", str(tmp_path / "last.pt")])
+        vars(args).update({option: 1 for option in finetune.OPTIONS})
+        patches = SimpleNamespace(bands=BANDS, identity="d", classes=["a", "b"], simulated=False)
+        for name, value in change.items():
+            vars(patches if hasattr(patches, name) else args)[name] = value
+        run, = linear_eval.planned_runs(args, models.load_checkpoint(tmp_path / "last.pt"), patches, finetune.OPTIONS)
+        return run
+
+    patches = SimpleNamespace(bands=BANDS, classes=["a"], identity="d", stats=lambda rows: None, rows=[])
+    save_untrained(tmp_path / "last.pt", patches)
+    first = planned()
+    assert planned(threads=7, results="elsewhere", data="moved") == first
+    changes = [("crop", 7), ("scale", "fixed"), ("arch", "resnet50"), ("label_sampling", "rows"), ("precision", "bf16"),
+               ("method", "mma"), ("identity", "e"), ("bands", {"s1": ["VV"], "s2": []}), ("classes", ["a"]),
+               ("simulated", True), ("task", ["multi"]), ("label_fraction", [0.1]), *((option, 2) for option in finetune.OPTIONS)]
+    assert {"epochs", "batch_size", "lr", "classifier_lr", "weight_decay", "drop_epoch"} == {*finetune.OPTIONS}
+    for name, value in changes:
+        change = {name: value} if name != "precision" else {name: "float32" if first["args"][name] == "bf16" else "bf16"}
+        assert planned(**change) != first, name
+    save_untrained(tmp_path / "last.pt", patches, "mma")
+    assert planned() != first
+
+
+@pytest.mark.parametrize("script, options", [(linear_eval, ("--baseline", "random")), (finetune, ("--method", "only-s1", "--epochs", 1))])
+def test_each_seed_draws_its_own_labels_weights_and_crops_as_asked(tmp_path, labelled, monkeypatch, script, options):
+    drawn = watch(monkeypatch, linear_eval, "training_rows")
+    made, trained = watch(monkeypatch, linear_eval, "make_encoders"), watch(monkeypatch, finetune, "train")
+    call(monkeypatch, script, *options, "--data", labelled, "--results", tmp_path, "--crop", 32, "--seeds", 2,
+         "--label-fraction", 0.5, "--label-sampling", "rows")
+    assert [more for (_, fraction, *more), _ in drawn if fraction == 0.5] == [[0, "rows"], [1, "rows"]]
+    assert [seed for (*_, seed), _ in made] == [0, 1]
+    assert [arguments[5] for arguments, _ in trained] == ([0, 1] if script is finetune else [])
 
 
 def test_one_split_is_learnt_from_and_the_other_tested_on(tmp_path, labelled, monkeypatch):
@@ -480,6 +581,22 @@ def test_embeddings_do_not_depend_on_batches_and_threads(tmp_path, labelled, che
     with torch.no_grad():
         expected = models.joined_features(encoders, *models.to_input(s1, s2, **scaling)).mean(0)
     np.testing.assert_allclose(np.concatenate((one["s1"][5], one["s2"][5])), expected, rtol=0, atol=1e-5)
+
+
+def test_embeddings_of_a_store_with_a_bad_patch_keep_the_names_of_the_others(tmp_path, flood, monkeypatch):
+    shutil.copytree(flood.parent / "tree", tmp_path / "tree")
+    bad = sorted((tmp_path / "tree").rglob("s1/**/*.tif"))[3]
+    bad.write_bytes(b"cut off")
+    patches = data.pack(tmp_path / "tree", tmp_path / "store", s2_offset=0, max_bad=0.5)
+    whole = data.Patches(flood)
+    path = save_untrained(tmp_path / "last.pt", whole)
+    found = embeddings(monkeypatch, path, tmp_path / "store", tmp_path / "some.npz")
+    every = embeddings(monkeypatch, path, flood, tmp_path / "every.npz")
+    assert len(found["ids"]) == len(found["s1"]) == len(found["labels"]) == 19 and not {*patches.left_out} & {*found["ids"]}
+    at = [every["ids"].tolist().index(name) for name in found["ids"]]
+    assert np.array_equal(found["labels"], every["labels"][at])
+    for sensor in ("s1", "s2"):
+        np.testing.assert_allclose(found[sensor], every[sensor][at], rtol=0, atol=1e-5)
 
 
 def save_released(path, model, heads=()):
@@ -557,6 +674,23 @@ def test_retrieval_with_larger_crops_than_in_training(tmp_path, labelled, monkey
     assert [a.shape[1:] for (_, a, _), _ in calls] == (maps if method == "mma" else [(128,)] * 2)
 
 
+def test_a_picture_of_retrieval_shows_each_query_above_what_is_nearest_to_it(tmp_path, labelled, monkeypatch):
+    figures, patches = [], data.Patches(labelled)
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    args = SimpleNamespace(data=labelled, crop=40, retrieve=tmp_path / "out.png")
+    rows = patches.rows[:30]
+    nearest = (np.arange(30)[:, None] + [7, 0, 1, 2, 3]) % 30  # the right one in the second place
+    linear_eval.draw_retrieval(args, rows, nearest, "title")
+    axes = np.reshape(figures[0].axes, (6, 10))  # every third of 30
+    for k, column in enumerate(axes.T):
+        s1, s2, *_ = next(iter(data.loader(patches, [(rows[[3 * k, *nearest[3 * k]]], np.zeros(6, int), np.zeros(6, int))], 40)))
+        assert np.array_equal(column[0].images[0].get_array(), s1[0, 0])
+        pictures, _ = linear_eval.composite(s2.numpy(), patches.bands["s2"])
+        for axis, picture in zip(column[1:], pictures[1:]):
+            assert np.array_equal(axis.images[0].get_array(), picture)
+        assert [axis.spines["top"].get_linewidth() == 4 for axis in column] == [False, False, True, False, False, False]
+
+
 def test_a_picture_is_in_true_colour_or_of_the_first_three_bands():
     rng = np.random.default_rng(0)
     s2 = rng.integers(0, 6000, (13, 4, 5)).astype(np.uint16)
@@ -593,6 +727,7 @@ def test_bands_and_classes_of_ones_own(tmp_path, flood, monkeypatch, capsys, met
     lines = linear_eval.Results(tmp_path).read()
     assert len(lines) == 4
     for line in lines:
+        assert line["simulated"] and not patches.simulated  # since the encoders learnt from simulated data
         assert line["classes"] == ["dry", "flooded"] and len(line["class"]) == 2
         assert [*line["args"]["bands"]["s1"], *line["args"]["bands"]["s2"]] == bands
         assert line["task"] == "multi" or np.shape(line["confusion"]) == (2, 2)
@@ -623,6 +758,9 @@ def test_crops_have_their_own_labels_among_many_classes(tmp_path):
     for task in ("single", "multi"):
         np.testing.assert_array_equal(crops[task], np.eye(12)[codes // 10])
     assert crops["row"].tolist() == np.repeat(patches.rows, 2).tolist() and len(codes) == 24
+    patches.scenes = [f"scene {k // 5}" for k in range(12)]
+    crops = linear_eval.extract(lambda s1, s2: s2.mean((2, 3)), {"scale": "fixed"}, patches, patches.rows, args)
+    assert crops["scene"].tolist() == [k // 10 for k in range(24)]
 
 
 @pytest.mark.parametrize("options, message", [
