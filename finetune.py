@@ -47,8 +47,7 @@ CURVES = {"mma": ("o", "#c0392b", (47.5, 59.7, 64.2, 69.0)),
           "early-fusion": ("^", "#1b7837", (34.6, 52.2, 55.1, 62.0)),
           "late-fusion": ("v", "#e08214", (39.8, 50.0, 61.7, 62.0))}
 ORDER = [*TITLES.values(), "Band means and sd"]  # of a table's rows, the poster's first
-# What each row of a table has of its own; in what else they differ, they say.
-OWN = {"method", "checkpoint", "bands"}
+OWN = {"method", "checkpoint"}  # of each row of a table; in what else they differ, they say
 # What a run was made with, beside what linear_eval.py tells of its own:
 OPTIONS = ("epochs", "batch_size", "lr", "classifier_lr", "weight_decay", "drop_epoch")
 STRIP = 256  # px of a map that are made at a time
@@ -186,10 +185,13 @@ def table_rows(lines):
         title = row_title(line)
         return ORDER.index(title.split(",")[0]), title
 
-    rows, every = {}, grouped(lines, settings_of)
+    rows = {}
+    any_bands = [line for line in lines if "bands" not in models.METHODS[line["method"]]]
+    every = grouped(any_bands or lines, settings_of)
     for (_, title), group in grouped(sorted(lines, key=place), place).items():
         variants = grouped(group, settings_of)
-        same = {pair for pair in frozenset.intersection(*variants) if pair[0] in OWN}
+        own = OWN | {"bands"} & models.METHODS[group[0]["method"]].keys()  # as SimCLR (RGB) has
+        same = {pair for pair in frozenset.intersection(*variants) if pair[0] in own}
         same |= frozenset.intersection(*every)
         for settings, variant in variants.items():
             differ = ", ".join(" ".join(pair) for pair in sorted(settings - same))
@@ -335,10 +337,8 @@ def read_strip(scene, bands, window):
     classifier does not look at it; (h, w) bool: a sensor has none there."""
     images = []
     for sensor, names in bands.items():
-        if sensor in scene:
-            images.append(scene[sensor].values(window))
-        else:
-            images.append(np.zeros((len(names), window.height, window.width), np.float32))
+        unseen = np.zeros((len(names), window.height, window.width), np.float32)
+        images.append(scene[sensor].values(window) if sensor in scene else unseen)
     return images, np.isnan(np.concatenate(images)).any(0)
 
 

@@ -128,8 +128,9 @@ def planned_runs(args, content, patches, options=(), **more):
     chosen = {name: getattr(args, name) for name in names}
     chosen["precision"] = models.resolve_precision(args.precision, args.device)
     chosen["bands"] = patches.bands
-    common = {**more, "method": args.method, "data": patches.identity, "classes": patches.classes,
-              "simulated": patches.simulated, "args": chosen, "checkpoint": content.get("checkpoint")}
+    common = {**more, "method": args.method, "checkpoint": content.get("checkpoint"),
+              "data": patches.identity, "classes": patches.classes, "simulated": patches.simulated,
+              "args": chosen}
     runs = itertools.product(range(args.seeds), args.task, args.label_fraction)
     return [{**common, "task": task, "label_fraction": fraction, "seed": seed}
             for seed, task, fraction in runs]

@@ -3,6 +3,7 @@ import json
 import os
 import signal
 import time
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -40,12 +41,19 @@ def test_each_row_from_scratch(tmp_path, labelled, monkeypatch, method):
 
 @pytest.mark.parametrize("method", [m for m, row in models.METHODS.items() if row["pretrained"]])
 def test_each_pretrained_row_is_fine_tuned(tmp_path, labelled, monkeypatch, method):
+    """From the weights of the checkpoint on, and every layer of them."""
     patches = data.Patches(labelled, models.METHODS[method].get("bands"))
     path = save_untrained(tmp_path / "last.pt", patches, method, scale="fixed", stats=None)
+    begins, train = [], finetune.train
+    monkeypatch.setattr(finetune, "train", lambda model, *more: begins.append((model, deepcopy(model.state_dict()))) or train(model, *more))
     line, = tune(monkeypatch, labelled, tmp_path / "a", "--checkpoint", path)
     assert line["method"] == method and line["protocol"] == "finetune"
     assert line["args"]["scale"] == "fixed"
     assert np.sum(line["confusion"]) == line["counts"]["test_crops"]
+    (model, first), = begins
+    for sensor, weights in models.load_checkpoint(path)["encoders"].items():
+        assert all(torch.equal(first[f"encoders.{sensor}.{name}"], weight) for name, weight in weights.items())
+    assert {name for name, weight in model.state_dict().items() if torch.equal(weight, first[name])} == set()
 
 
 def test_run_twice_gives_equal_bits_and_is_not_repeated(tmp_path, labelled, monkeypatch):
@@ -115,6 +123,60 @@ def fit_some(labelled, rows, rate=1e-5, epochs=1, seed=0):
     finetune.train(model, {"scale": "fixed"}, patches, np.array(rows), "single", seed, args,
                    "a run")
     return model
+
+
+@pytest.mark.parametrize("task", ["single", "multi"])
+def test_training_is_what_its_steps_are_written_out(labelled, task):
+    """Adam on the task's own loss, the encoders at --lr, the classifier at --classifier-lr, both with --weight-decay."""
+    patches, rows = data.Patches(labelled), np.arange(6)
+    args = linear_eval.evaluation_parser("").parse_args([])
+    vars(args).update(crop=32, batch_size=3, lr=1e-3, classifier_lr=1e-2, weight_decay=0.1, epochs=2, drop_epoch=1,
+                      precision="float32", results=labelled.parent)
+    torch.manual_seed(0)
+    model = models.Classifier(models.make_encoders("only-s2", patches.bands)).eval()
+    first, other = deepcopy(model), deepcopy(model).to(memory_format=torch.channels_last).train()
+    finetune.train(model, {"scale": "fixed"}, patches, rows, task, 5, args, "a run")
+    optimizer = torch.optim.Adam([{"params": other.encoders.parameters(), "lr": 1e-3}, {"params": other.fc.parameters(), "lr": 1e-2}],
+                                 weight_decay=0.1)
+    for epoch in range(2):
+        for batch in data.random_crops(rows, patches.size, 32, 3, 5, epoch):
+            (s1, s2, classes, _), = data.loader(patches, [batch], 32, classes=True)
+            logits, label = other(*models.to_input(s1, s2, "fixed")), models.single_label(classes)
+            if task == "single":
+                loss = F.cross_entropy(logits[label != data.IGNORE], label[label != data.IGNORE])
+            else:
+                label = models.multi_label(classes)
+                loss = F.binary_cross_entropy_with_logits(logits[label.any(1)], label[label.any(1)])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] /= 10
+    for part in ("encoders", "fc"):  # the way from the first weights, alike but for rounding, which Adam blows up
+        found, expected, start = (torch.cat([weight.flatten() for weight in getattr(net, part).parameters()])
+                                  for net in (model, other, first))
+        assert (found - expected).norm() < 0.02 * (expected - start).norm()
+    for found, expected in zip(model.buffers(), other.buffers()):
+        assert (found - expected).double().norm() <= 0.05 * expected.double().norm()
+
+
+def test_each_task_is_trained_with_its_own_loss_and_tested_with_its_own_labels(tmp_path, labelled, monkeypatch):
+    losses, scores = watch(monkeypatch, finetune, "task_loss"), watch(monkeypatch, linear_eval, "score")
+    tune(monkeypatch, labelled, tmp_path, "--method", "only-s1", "--task", "single", "multi")
+    tasks = [task for (task, *_), _ in losses]
+    assert tasks == ["single"] * (len(tasks) // 2) + ["multi"] * (len(tasks) // 2)
+    (single, true, _), (multi, several, _) = [arguments for arguments, _ in scores]
+    assert (single, multi) == ("single", "multi") and (true.sum(1) == 1).all() and several.sum(1).max() > 1
+
+
+def test_what_nobody_chose_is_as_published(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(finetune, "evaluate", lambda args, content: chosen.append(vars(args)))
+    call(monkeypatch, finetune)
+    published = {"epochs": 200, "batch_size": 100, "lr": 1e-5, "classifier_lr": 3e-6, "weight_decay": 1e-3, "drop_epoch": 100,
+                 "seeds": 5, "crop": 128, "scale": "patch-max", "arch": "resnet18", "label_fraction": [1], "equal_crops": False,
+                 "task": ["single"], "bands": None}
+    assert {name: chosen[0][name] for name in published} == published
 
 
 def test_each_seed_and_epoch_has_its_own_crops(labelled, monkeypatch):
@@ -229,6 +291,43 @@ def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
     assert "| D-SimCLR [bands VV B2, lr 0.0001] | 60 " in text
     assert "| D-SimCLR [bands VV B2, lr 1e-05, weight_decay 64] | 70 " in text
     assert "| D-SimCLR [bands VV B3, lr 1e-05] | 80 " in text
+
+
+def test_rows_of_a_table_that_differ_in_bands_say_so_but_for_simclr_whose_are_its_own(tmp_path, monkeypatch):
+    rgb, few = {"bands": {"s1": [], "s2": models.RGB}}, {"bands": {"s1": ["VV"], "s2": ["B3"]}}
+    lines = [result_line(0.5), result_line(0.6, method="mma"), result_line(0.4, method="simclr-rgb", args=rgb)]
+    text = report_of(monkeypatch, tmp_path, lines)
+    assert all(f"| {name} | " in text for name in ("D-SimCLR", "MMA", "SimCLR (RGB)")) and "[" not in text
+    text = report_of(monkeypatch, tmp_path, [*lines, result_line(0.7, **SCRATCH, method="late-fusion", args=few)])
+    assert "| LateFusion [bands VV B3] | 70 " in text and "| D-SimCLR [bands VV B2] | 50 " in text and "| SimCLR (RGB) | 40 " in text
+    assert "| SimCLR (RGB) | 40 " in report_of(monkeypatch, tmp_path, lines[2:])
+
+
+def test_the_posters_numbers_are_the_published_ones(shared, tmp_path, monkeypatch):
+    paper = json.loads((shared / "paper.json").read_text())
+    for task, table in finetune.POSTER.items():
+        for method, scores in table.items():
+            published = paper[f"{task}_label"][finetune.TITLES[method]]
+            assert scores == (published["average"][0], published["overall"][0])
+        assert table.keys() == models.METHODS.keys()
+    for method, (*_, averages) in finetune.CURVES.items():
+        assert list(averages) == paper["label_fraction"][finetune.TITLES[method]]
+    assert list(finetune.PERCENT) == paper["label_fraction"]["percent"]
+    text = report_of(monkeypatch, tmp_path, [result_line(0.68, 0.7, task="multi")])
+    assert "- | **68** (poster 67: +1) | 70 (poster 69) | 1 |" in text
+
+
+def test_the_figure_has_the_mean_and_spread_of_single_label_averages(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    multi = result_line(0.1, 0.2, method="late-fusion", task="multi", **SCRATCH)
+    report_of(monkeypatch, tmp_path, [*LINES, multi])
+    curves = {curve.get_label(): curve for curve in figures[0].axes[0].containers}
+    for name, points, sd in (("LateFusion", [[100, 62]], 2.6458), ("D-SimCLR", [[100, 212 / 3]], 3.0551), ("MMA", [[1, 40], [10, 50]], None)):
+        line, _, (bars,) = curves[name]
+        np.testing.assert_allclose(line.get_xydata(), points)
+        if sd:
+            np.testing.assert_allclose(np.diff(bars.get_segments()[0][:, 1]), 2 * sd, rtol=1e-4)
 
 
 def test_rows_of_a_table_that_differ_in_crop_scale_or_data_say_so(tmp_path, monkeypatch):

@@ -373,7 +373,7 @@ def test_a_map_lies_where_one_of_its_scenes_says(name, tmp_path, monkeypatch):
     write_tif(tmp_path / "S1.tif", s1, crs=other_crs, transform=other)
     assert make_map(monkeypatch, tmp_path).shape == (1, 64, 48)
     with rasterio.open(tmp_path / "map.tif") as tif:
-        assert tif.crs == (crs or other_crs)
+        assert tif.crs == (crs or other_crs) and tif.transform == (transform or other or rasterio.Affine.identity())
 
 
 def test_a_sliver_in_the_first_lines_judges_no_scene(tmp_path, monkeypatch):
@@ -530,6 +530,8 @@ def test_save_keeps_each_classifier_and_trains_none_again(tmp_path, labelled, mo
     files[0].unlink()  # a file that is lost comes back, without a second line
     assert tune(monkeypatch, labelled, tmp_path, *options) == lines
     assert files[0].read_bytes() == bytes_before
+    (tmp_path / "results.jsonl").unlink()  # as a kill between the two leaves it: the line comes, too
+    assert tune(monkeypatch, labelled, tmp_path, *options) == lines
     with pytest.raises(data.DataError, match=r"seed0.pt: has other settings: choose another --save"):
         tune(monkeypatch, labelled, tmp_path, *options, "--lr", 1e-3)
 
