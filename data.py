@@ -54,7 +54,7 @@ ADDED = {(1, 0): None, (1e-4, 0): 0, (1e-4, -0.1): 1000, (1, -1000): 1000}
 # order in which SNAP, or a VRT of files by name, has them.
 BRIGHTER = {"s1": ("VV", "VH", "VV", "'VH', 'VV'"),
             "s2": ("B9", "B10", "B8A", "'B1', ..., 'B8A'")}
-LOWEST = {"s1": -90, "s2": 0}  # what is below is no dB, no reflectance, but stands for no data
+POSSIBLE = {"s1": (-90, 60), "s2": (0, 65_535)}  # what is beyond stands for no data, or is no dB
 SURVEY = 32  # a scene is judged by one of so many lines, a low one by at least so many
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)
@@ -210,12 +210,13 @@ class Raster:
         tag, *more = {tuple(pairs[number - 1].tolist()) for number in self.numbers}
         if self.sensor == "s1":  # resampling of power makes a few values negative
             unit, tags = "dB, 10 log10 of power", [(1, 0)]
-            plausible = high <= 60 and np.mean(seen < -3) > 0.1
+            plausible = np.mean(seen < -3) > 0.1
         else:
             unit, tags = "reflectance x 10,000", ADDED
             # The mean, since a glint alone lifts reflectance that is not x 10,000 above 2.
-            plausible = 2 < seen.mean() and high <= 65_535
-        plausible &= low >= LOWEST[self.sensor]
+            plausible = seen.mean() > 2
+        lowest, highest = POSSIBLE[self.sensor]
+        plausible &= lowest <= low and high <= highest
         stretched_or_complex = seen.dtype == np.uint8 or seen.dtype.kind == "c"
         if stretched_or_complex or not plausible or tag not in tags or more:
             said = " bands of several scales and offsets," if more else ""
@@ -289,8 +290,10 @@ class Raster:
             lines = self.survey() if window else (image, there)
             self.doubt(*lines)
             self.judge(*lines)
+        lowest, highest = POSSIBLE[self.sensor]
         # Perhaps nothing is there in those lines, or they do not have the -9999 of this window.
-        if not self.judged or np.min(image, where=there, initial=0) < LOWEST[self.sensor]:
+        if not (self.judged and np.min(image, where=there, initial=0) >= lowest
+                and np.max(image, where=there, initial=0) <= highest):
             self.judge(image, there)
         image = image.astype(np.float32)
         if self.sensor == "s2":
@@ -458,7 +461,8 @@ def read_patch(pair, plan):
         rasters[sensor] = raster
         if list(raster.tif.shape) != plan["size"]:
             raise DataError(f"{raster.name}: {raster.tif.shape} px, most are {plan['size']}")
-        refuse_other_grid(raster.tif, rasters["s2"].tif)
+        for other in rasters.values():  # not S2's alone: it may not say where it lies
+            refuse_other_grid(raster.tif, other.tif)
     for sensor in ("s2", "s1"):
         images[sensor] = rasters[sensor].values(in_tree=True)
         if np.isnan(images[sensor][0]).mean() > 0.5:

@@ -10,6 +10,7 @@ import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -340,6 +341,8 @@ def test_bad_files_by_name(seed, tmp_path):
         assert reason.startswith(name) and data.re.search(words, reason) and "\n" not in reason
     good = [patches.ids[row] for row in patches.rows]
     assert good == [patch for patch in written if patch not in expected]
+    assert np.array_equal(patches.rows_of("validation", "test"), patches.rows)  # bad ones are in no split, nor held out
+    assert sorted(np.concatenate(data.split_scenes(patches, 0.3))) == patches.rows.tolist()
     empty = np.setdiff1d(np.arange(len(patches.ids)), patches.rows)
     assert len(empty) == len(BAD)
     assert (patches.labels[empty] == 255).all() and not any(array[empty].any() for array in patches.arrays)
@@ -635,10 +638,10 @@ def tagged(value, untagged=False, bands=slice(None), dtype=None, **profile):
     return write
 
 
-def masked(internal):
+def masked(internal, **profile):
     def write(path, image, there):
         with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=internal):
-            write_tif(path, image, mask=there)
+            write_tif(path, image, mask=there, **profile)
         assert Path(f"{path}.msk").exists() == (not internal)
         return path
     return write
@@ -672,7 +675,7 @@ HOLES = {  # how a file says what was not seen
            "65535 untagged": tagged(65_535, True), "32767 untagged": tagged(32_767, True, dtype=np.int16),
            "65535 in floats": tagged(65_535, True, dtype=np.float32),
            "float": tagged(np.nan, dtype=np.float32), "float -9999": tagged(-9999, dtype=np.float64), "float untagged": tagged(np.nan, True, dtype=np.float32),
-           "internal": masked(True), ".msk": masked(False), ".aux.xml": beside(65_535), ".aux.xml 0": beside(0), "VRT": as_vrt},
+           "internal": masked(True), ".msk": masked(False), "mask and nodata 0": masked(True, nodata=0), ".aux.xml": beside(65_535), ".aux.xml 0": beside(0), "VRT": as_vrt},
 }
 
 
@@ -818,6 +821,7 @@ MOVED = rasterio.Affine.translation
 GRIDS = {  # CRS and transform of S2, of S1; words of the refusal or None
     "the same": (UTM, GRID, UTM, GRID, None),
     "3 px": (UTM, GRID, UTM, GRID @ MOVED(3, 0), "3 px"),
+    "a tenth of a pixel": (UTM, GRID, UTM, GRID @ MOVED(0.1, 0), "0.1 px"),
     "half a pixel": (UTM, GRID, UTM, GRID @ MOVED(0, 0.5), "0.5 px"),
     "1e-5 px": (UTM, GRID, UTM, GRID @ MOVED(1e-5, -1e-5), None),
     "50 km": (UTM, GRID, UTM, GRID @ MOVED(5000, 0), "5000 px"),
@@ -859,6 +863,18 @@ def test_grids(name, sensor, tmp_path, rng):
         assert words in patches.left_out["b"] and "not on one grid" in patches.left_out["b"] and "b.tif WARPED.tif" in patches.left_out["b"]
         with pytest.raises(data.DataError, match="1 of 4 patches cannot be used"):
             data.pack(tmp_path / "t", tmp_path / "strict")
+
+
+@pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
+def test_classes_lie_where_s1_does_even_if_s2_does_not_say_where(tmp_path, rng):
+    s1, s2 = clean(rng)
+    for patch in "abcd":
+        write_tif(tmp_path / f"t/s1/{patch}.tif", s1, crs=UTM)
+        write_tif(tmp_path / f"t/s2/{patch}.tif", s2, transform=None)
+        classes = np.ones((1, *s1.shape[1:]), np.uint8)
+        write_tif(tmp_path / f"t/classes/{patch}.tif", classes, crs=UTM, transform=GRID @ MOVED(3 * (patch == "b"), 0))
+    patches = data.pack(tmp_path / "t", tmp_path / "store", max_bad=0.3)
+    assert list(patches.left_out) == ["b"] and "b.tif, b.tif: not on one grid: " in patches.left_out["b"]
 
 
 @pytest.mark.filterwarnings("ignore::rasterio.errors.NotGeoreferencedWarning")
@@ -939,15 +955,26 @@ def test_bands_may_be_asked_for_as_files_write_them(tmp_path, rng):
         assert np.array_equal(as_values(path, "s2", ["B08", "b8a", "B02"]), s2[[7, 8, 1]])
 
 
-def test_what_is_below_the_unit_is_refused_in_the_window_that_has_it(tmp_path, rng):
-    """-9999 or -1 without a tag, where the lines by which a scene is judged have none."""
+def test_what_is_beyond_the_unit_is_refused_in_the_window_that_has_it(tmp_path, rng):
+    """-9999, -1 or netCDF's 9.97e36 without a tag, where the lines by which a scene is judged have none."""
     s1, s2 = clean(rng, (80, 10))
-    for sensor, image, value, unit in (("s1", s1, -9999, "dB"), ("s2", s2.astype(np.int16), -1, "reflectance")):
+    for sensor, image, value, unit in (("s1", s1, -9999, "dB"), ("s2", s2.astype(np.int16), -1, "reflectance"),
+                                       ("s1", s1, 9.96921e36, "dB"), ("s2", s2.astype(np.float32), 70_000, "reflectance")):
         image[:, 41, 3] = value
         raster = data.Raster(write_tif(tmp_path / "x.tif", image), sensor, data.S1_BANDS if sensor == "s1" else data.S2_BANDS)
         raster.values(rasterio.windows.Window(0, 0, 10, 40))
-        with pytest.raises(data.DataError, match=f"{value} to .* is not {unit}"):
+        said = f"{value} to .*" if value < 0 else rf"to {value:g}, .*".replace("+", r"\+")
+        with pytest.raises(data.DataError, match=f"{said} is not {unit}"):
             raster.values(rasterio.windows.Window(0, 40, 10, 40))
+
+
+def test_the_order_of_a_whole_file_without_names_is_doubted_as_that_of_a_scene(tmp_path, rng):
+    """As README's snippets read it: SNAP writes VH first."""
+    s1, _ = clean(rng)
+    s1[0] += 10
+    assert np.array_equal(as_values(write_tif(tmp_path / "a.tif", s1), "s1", data.S1_BANDS), s1)
+    with pytest.raises(data.DataError, match="b.tif: by position VH is brighter than VV"):
+        as_values(write_tif(tmp_path / "b.tif", s1[::-1]), "s1", data.S1_BANDS)
 
 
 # ------------------------------------------------------------------------------ splits, doubles, what cannot be reached
@@ -1381,6 +1408,12 @@ def test_whole_scenes_are_held_out(layout, counts, tmp_path, rng):
         assert all(map(np.array_equal, (train, held), again))
 
 
+def test_what_is_held_out_is_the_same_in_every_version():
+    """A checkpoint says what share, not which: `--retrieve` must not look among scenes that it was trained on."""
+    patches = SimpleNamespace(rows=np.arange(16), scenes=[f"scene {k:02}" for k in range(16)], rows_of=lambda split: [])
+    assert data.split_scenes(patches, 0.25)[1].tolist() == [2, 3, 10, 11]
+
+
 def test_a_split_named_test_is_what_is_held_out(tmp_path, rng):
     for layout in ("scenes", "scenes split"):
         write_tree(tmp_path / "t", rng, 9, layout=layout)
@@ -1411,6 +1444,8 @@ def test_random_crops_are_a_function_of_seed_and_epoch():
     distinct = {tuple(np.concatenate([np.concatenate(batch) for batch in draw(seed, epoch)]).tolist())
                 for seed, epoch in itertools.product(range(4), range(4))}
     assert len(distinct) == 16
+    orders = {tuple(np.concatenate([rows for rows, *_ in draw(seed, epoch)])) for seed, epoch in itertools.product(range(4), range(4))}
+    assert len(orders) == 16  # not only other places in rows of one order
     assert ROWS.tolist() == [5, 7, 7, 0, 22, 11, 13, 14, 15, 21, 3]  # left as it was
 
 
@@ -1625,6 +1660,10 @@ def test_wrong_input_is_one_line_and_exit_status_2(tmp_path, rng, monkeypatch, c
     for files in written.values():
         rewrite(lambda a: a // 64 + 1)(files["s2"])
     assert "cannot be used" in refused(monkeypatch, capsys, "pack", tree, tmp_path / "below", "--s2-offset", 1000)
+    for patch, files in enumerate(written.values()):
+        rewrite(lambda a, patch=patch: np.full_like(a, 3000 - 2050 * (patch == 0)))(files["s2"])
+    patches = data.pack(tree, tmp_path / "store", s2_offset=1000, max_bad=0.4)
+    assert [*patches.left_out] == [next(iter(written))] and "nothing is above the offset" in patches.left_out[next(iter(written))]
 
 
 def test_wrong_input_of_pictures_is_one_line(tmp_path, monkeypatch, capsys):

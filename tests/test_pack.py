@@ -238,6 +238,11 @@ def test_identity(few, tmp_path):
         (tmp_path / "tree/legend.json").write_text(json.dumps(legend))
         seen.add(data.pack(tmp_path / "tree", tmp_path / str(legend), max_bad=0.5).identity)
     assert len(seen) == 10
+    (tmp_path / "tree/legend.json").unlink()
+    names = {path: path.with_name(path.name.replace("_test_", "_train_")) for path in (tmp_path / "tree").rglob("*_test_*.tif")}
+    for path, moved in names.items():  # of the same pixels other ones are tested on
+        path.rename(moved)
+    assert names and data.pack(tmp_path / "tree", tmp_path / "moved", max_bad=0.5).identity not in seen
 
 
 @pytest.mark.parametrize("seed", range(10))
