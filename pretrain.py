@@ -303,14 +303,15 @@ def learning_rate(step, epoch_steps, args):
 def held_out_retrieval(model, patches, crops, args, stats, cast):
     """Retrieval among the places of these crops -> dict for the log and the checkpoint."""
     forth, back = "s1_to_s2", "s2_to_s1"
-    if args.method == "simclr-rgb":  # one sensor: which is the right half to this left one?
-        forth, back = "left_to_right", "right_to_left"
+    if args.method == "simclr-rgb":  # one sensor: which is the lower half to this upper one?
+        forth, back = "upper_to_lower", "lower_to_upper"
     embeddings = []
     model.eval()
     for s1, s2, *_ in data.loader(patches, crops, args.crop, args.device, args.threads):
         inputs = models.to_input(s1, s2, args.scale, stats)
         if args.method == "simclr-rgb":
-            inputs = inputs[1].split(args.crop // 2, dim=3)[:2]
+            # Not left and right: bf16 convolutions of maps of 2 px by more are wrong on a CPU.
+            inputs = inputs[1].split(args.crop // 2, dim=2)[:2]
         with cast:
             embeddings.append(model(*inputs))
     model.train()

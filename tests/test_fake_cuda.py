@@ -21,6 +21,7 @@ import models
 import pretrain
 
 N, CROP, GPU = 4, 32, torch.device("cuda", 0)
+SYNCED = []  # models whose batch norm becomes that of all processes
 MOVES = {"_to_copy", "detach", "slice", "select", "split", "view", "unsqueeze"}
 
 
@@ -83,7 +84,7 @@ def cuda(monkeypatch):
             (torch.Tensor, "pin_memory", torch.Tensor.clone), (torch.Tensor, "backward", backward),
             (torch.Tensor, "numpy", numpy), (torch.Tensor, "item", lambda tensor: 0.0),
             (torch.optim, "LBFGS", asked_once),
-            (nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: model),
+            (nn.SyncBatchNorm, "convert_sync_batchnorm", lambda model: SYNCED.append(model) or model),
             (nn.parallel, "DistributedDataParallel", lambda model: model),
             (torch.cuda, "is_bf16_supported", lambda **options: True),
             (torch.cuda.amp.common, "amp_definitely_not_available", bool),
@@ -116,7 +117,9 @@ def test_a_step_of_pretraining_and_the_look_up_stay_on_the_gpu(method, scale, wo
     if world > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=world - 1, world_size=world)
     with GPU:
+        SYNCED.clear()
         model, network, optimizer = pretrain.make_model(args, bands, GPU, world)
+    assert SYNCED == [model] * (world > 1)  # of the global batch
     s1, s2, *_ = crops(bands)
     inputs = pretrain.network_inputs(s1, s2, args, stats, 1, slice(N * (world - 1), N * world))
     cast, loss_of = models.autocast("bf16", GPU), partial(model.loss, temperature=0.1)

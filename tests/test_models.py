@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -55,6 +56,27 @@ def test_nt_xent_equals_its_definition_written_out():
         others = torch.stack([z[i] @ z[j] / 0.2 for j in range(10) if j != i])
         total += others.exp().sum().log() - z[i] @ z[(i + 5) % 10] / 0.2
     assert relative(models.nt_xent(z1, z2, 0.2), total / 10) < 1e-12
+
+
+def test_info_nce_equals_its_definition_written_out():
+    similarity, total = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), 0
+    for i in range(4):
+        for line in (similarity[i], similarity[:, i]):
+            total += (line / 0.2).exp().sum().log() - similarity[i, i] / 0.2
+    assert relative(models.info_nce(similarity, 0.2), total / 8) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["d-simclr", "mma", "simclr-rgb"])
+def test_each_method_has_its_own_loss_and_heeds_the_temperature(method):
+    model, (z1, z2) = models.Contrastive(method, BANDS), torch.randn(2, 5, 8, 3, 3)
+    if method != "mma":
+        z1, z2 = z1[..., 0, 0], z2[..., 0, 0]
+    losses = []
+    for temperature in (0.1, 0.5):
+        expected = (mma if method == "mma" else models.nt_xent)(z1, z2, temperature)
+        losses.append(model.loss(z1, z2, temperature))
+        assert torch.equal(losses[-1], expected)
+    assert losses[0] != losses[1]
 
 
 @EACH_LOSS
@@ -116,6 +138,11 @@ def test_retrieval_does_not_find_what_is_tied_or_collapsed():
     tied = torch.eye(10)
     tied[0, 1] = 1  # as good as the right one: not found
     assert models.retrieval(tied)["top1"] == pytest.approx(0.9)
+    ranks, similarity = [1, 1, 1, 1, 5, 6, 7, 8, 9], torch.zeros(9, 9)
+    for row, rank in enumerate(ranks):  # rank - 1 of the others are nearer
+        similarity[row] = torch.cat((torch.full((rank - 1,), 2.), torch.zeros(10 - rank))).roll(row + 1)
+        similarity[row, row] = 1
+    assert models.retrieval(similarity) == pytest.approx({"top1": 4 / 9, "top5": 5 / 9, "median": 5})
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -159,6 +186,12 @@ def test_autocast_can_be_asked_for_any_device(device):
     assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"  # float32 is float32
     assert models.autocast("bf16", torch.device(device)).fast_dtype == torch.bfloat16
     models.autocast("auto", torch.device(device))
+
+
+def test_batch_norm_sees_both_views_of_simclr_together():
+    model, (a, b) = models.Contrastive("simclr-rgb", {"s2": models.RGB}), torch.rand(2, 3, 3, 32, 32)
+    other = deepcopy(model)
+    assert torch.equal(torch.cat(model(a, b)), other.embed("s2", torch.cat((a, b))))
 
 
 def test_embeddings_are_float32_whatever_the_network_ran_in():
@@ -283,9 +316,12 @@ def test_a_kill_before_the_rename_leaves_the_checkpoint_before_it(tmp_path, monk
         moved.append((models.load_checkpoint(path)["simulated"], path.name, target.name))
         raise KeyboardInterrupt
 
+    synced, fsync = [], os.fsync  # a power cut must not leave a name without its bytes
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.fstat(file).st_size) or fsync(file))
     monkeypatch.setattr(type(tmp_path), "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path / "last.pt", simulated=False)
+    assert synced == [(tmp_path / "last.tmp").stat().st_size]
     assert moved == [(False, "last.tmp", "last.pt")]  # it was whole, and its only way in is the rename
     assert (tmp_path / "last.pt").read_bytes() == whole
 
@@ -304,11 +340,12 @@ def plain_resnet(arch, bands):
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_released_resnets_load_like_a_checkpoint(tmp_path, arch):
     s1, s2 = networks = [plain_resnet(arch, bands).eval() for bands in (2, 13)]
-    weights = {}
+    weights, heads = {}, []
     for number, network in enumerate(networks, 1):
         width = network.fc.in_features
         network.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))
         weights |= {f"backbone{number}.{key}": value for key, value in network.state_dict().items()}
+        heads.append(network.fc)
         network.fc = nn.Identity()
     torch.save({"epoch": 199, "state_dict": weights}, tmp_path / "released.pth")
     content = models.load_checkpoint(tmp_path / "released.pth")
@@ -319,6 +356,8 @@ def test_released_resnets_load_like_a_checkpoint(tmp_path, arch):
     with torch.inference_mode():
         assert (encoders["s1"](x1) - s1(x1)).abs().max() < 1e-6
         assert (encoders["s2"](x2) - s2(x2)).abs().max() < 1e-6
+        for z, head, features in zip(models.load_contrastive(content)[0](x1, x2), heads, (s1(x1), s2(x2))):
+            assert (z - head(features)).abs().max() < 1e-5
 
 
 def test_released_mma_weights_load_like_a_checkpoint(tmp_path):

@@ -187,6 +187,24 @@ def test_every_method_runs_and_logs(method, scale):
     assert list(encoders) == list(models.METHODS[method]["inputs"]) and scaling["scale"] == scale
 
 
+@pytest.mark.parametrize("method", SCALES)
+def test_the_look_up_is_of_held_out_places_by_the_network_as_it_is_used_afterwards(method):
+    begun(method).result()
+    content = models.load_checkpoint(folder() / method / "last.pt")
+    model, scaling = models.load_contrastive(content)
+    patches = data.Patches(make_store(), models.METHODS[method].get("bands"))
+    _, held = data.split_scenes(patches, 0.25)
+    (s1, s2, *_), = data.loader(patches, data.grid_crops(held, patches.size, 33, 100, middle=True), 33)
+    inputs = models.to_input(s1, s2, scaling["scale"], scaling["stats"])
+    if method == "simclr-rgb":  # the halves of one sensor
+        inputs = inputs[1][..., :16, :], inputs[1][..., 16:32, :]
+    with torch.no_grad(), models.autocast("auto", torch.device("cpu")):
+        embeddings = model(*inputs)
+    similarity = model.similarity(*embeddings)
+    forth, back = models.retrieval(similarity), models.retrieval(similarity.T)
+    assert [*content["retrieval"].values()] == [16, forth, back]
+
+
 def test_training_lowers_the_loss_and_follows_the_schedule(reference):
     _, log = contents(reference)
     steps = [line for line in log if "loss" in line]
@@ -222,8 +240,36 @@ def test_processes_and_resumed_runs_take_their_parts_of_the_same_batches():
         rows, tops, lefts = np.concatenate(whole[3 * epoch:3 * epoch + 3], 1)
         assert len(set(rows)) == 18 and tops.max() <= 24 < lefts.max() <= 34
     assert not np.array_equal(whole[0], whole[3])
+    args.seed = 4
+    assert not np.array_equal(whole[0][0], batches(0, np.arange(20, 40), (40, 50), args)[0][0])
+    args.seed = 3
     for start in (2, 3, 7):
         assert np.array_equal(batches(start, np.arange(20, 40), (40, 50), args), whole[start:])
+
+
+@pytest.mark.parametrize("method", SCALES)
+def test_what_nobody_chose_is_as_published(method, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--method", method])
+    published = {"epochs": 200, "batch_size": 200, "crop": 128, "lr": 3e-5, "weight_decay": 1e-4, "constant_epochs": 10,
+                 "temperature": 0.1 if method == "mma" else 0.07, "scale": "patch-max", "arch": "resnet18", "bands": None, "seed": 0,
+                 "micro_batch": None}
+    chosen = vars(pretrain.arguments())
+    assert {name: chosen[name] for name in published} == published
+
+
+def test_a_model_is_of_the_arch_and_seed_asked_for_and_adam_moves_all_of_it():
+    args, bands = SimpleNamespace(method="d-simclr", arch="resnet50", seed=3, lr=0.2, weight_decay=0.3), {"s1": ["VV"], "s2": models.RGB}
+    model, network, optimizer = pretrain.make_model(args, bands, torch.device("cpu"), 1)
+    assert network is model and model.training and type(optimizer) is torch.optim.Adam
+    assert "layer1.0.conv3.weight" in model.encoders["s1"].state_dict() and model.heads["s2"][0].in_features == 2048
+    group, = optimizer.param_groups
+    assert (group["lr"], group["weight_decay"]) == (0.2, 0.3)
+    assert {*map(id, group["params"])} == {*map(id, model.parameters())}
+    args.arch, first = "resnet18", {}
+    for seed in (3, 4):
+        args.seed = seed
+        first[seed] = pretrain.make_model(args, bands, torch.device("cpu"), 1)[0].encoders["s1"].conv1.weight
+    assert not torch.equal(first[3], first[4])
 
 
 @pytest.fixture(scope="module")
@@ -406,6 +452,22 @@ def test_views_do_not_depend_on_the_processes_and_every_sample_has_its_own():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("scale", models.SCALING)
+@pytest.mark.parametrize("method", SCALES)
+def test_a_network_sees_in_training_what_it_sees_afterwards(method, scale, monkeypatch):
+    monkeypatch.setattr(pretrain, "draw_views", lambda count, *more: plain_draws(count))
+    rng = np.random.default_rng(0)
+    s1 = torch.from_numpy(rng.integers(-3000, 0, (4, 2, 20, 20), np.int16))
+    s2 = torch.from_numpy(rng.integers(1, 10_000, (4, 3, 20, 20), np.uint16))
+    stats = {"s1": {"mean": [-12.] * 2, "std": [4.] * 2}, "s2": {"mean": [1000., 1200, 900], "std": [500., 700, 600]}}
+    args = SimpleNamespace(method=method, scale=scale, batch_size=4, seed=0)
+    expected = models.to_input(s1, s2, scale, stats)
+    if method == "simclr-rgb":
+        expected = expected[1], expected[1]
+    for found, x in zip(pretrain.network_inputs(s1, s2, args, stats, 1), expected):
+        assert torch.allclose(found, x, atol=1e-3 if scale == "standard" else 1e-5)
+
+
 # ---------------------------------------------------------------------------------------------- survival
 
 def test_the_same_command_gives_the_same_bits(reference):
@@ -471,13 +533,32 @@ def test_a_signal_saves_after_the_step_in_hand_and_a_kill_costs_those_since_the_
         argv, reference, killed, number, status, step):
     code, text = finish(start(argv, killed, trouble=partial(signal_after, 15, number)))  # between logged steps
     assert code == status and step_of(killed / "last.pt") == step and "Traceback" not in text
+    found = torch.load(killed / "last.pt", weights_only=True)["retrieval"]  # of the last look-up, before it was started
+    assert found == torch.load(stopped_after_epoch_2() / "last.pt", weights_only=True)["retrieval"] is not None
     assert (f"killed/last.pt: 15 of {STEPS} steps are done" in text) == (step == 15)
     assert '"step": 14' in (killed / "log.jsonl").read_text()
     assert_goes_on(argv, killed, reference)
 
 
-def record_saves(path, original=pretrain.learning_rate, save=models.save_checkpoint):
-    """The steps of all checkpoints into a file; after that of the first epoch the minute between them counts."""
+@pytest.mark.parametrize("method", ["d-simclr", "simclr-rgb"])
+def test_heads_and_views_go_on_too(method, store, tmp_path):
+    argv = [*RUNS[method], "--data", store]
+    assert finish(start(argv, tmp_path / "run", trouble=partial(signal_after, 4)))[0] == 143
+    begun(method).result()
+    assert_goes_on(argv, tmp_path / "run", folder() / method)
+
+
+def record_saves(path, original=pretrain.learning_rate, save=models.save_checkpoint, loader=data.loader):
+    """The steps of all checkpoints into a file; after that of the first epoch the minute between them counts. Into
+    another the rows that are trained on, and those that are looked up, of which three are allowed."""
+    pretrain.LOOKED_UP = 3
+
+    def noted(patches, batches, *more):
+        batches, looks_up = list(batches), isinstance(batches, list)
+        with path.with_suffix(".rows").open("a") as file:
+            print(json.dumps([looks_up, [int(row) for rows, *_ in batches for row in rows]]), file=file)
+        return loader(patches, batches, *more)
+
     def learning_rate(step, *more):
         pretrain.SAVE_EVERY = 60 if step >= 6 else 0
         return original(step, *more)
@@ -486,13 +567,18 @@ def record_saves(path, original=pretrain.learning_rate, save=models.save_checkpo
         with path.open("a") as file:
             print(content["step"], file=file)
         save(*arguments, **content)
-    pretrain.learning_rate, models.save_checkpoint = learning_rate, save_checkpoint
+    pretrain.learning_rate, models.save_checkpoint, data.loader = learning_rate, save_checkpoint, noted
 
 
 def test_checkpoints_are_written_at_the_ends_of_epochs_a_minute_apart(argv, reference, tmp_path):
     run(argv, tmp_path / "run", trouble=partial(record_saves, tmp_path / "saves"))
     assert (tmp_path / "saves").read_text().split() == ["6", "18"]  # of a first epoch, and at the end
-    assert_same_run(tmp_path / "run", reference)
+    assert step_of(tmp_path / "run/last.pt") == STEPS
+    train, held = data.split_scenes(data.Patches(argv[-1]), 0.25)
+    seen = [json.loads(line) for line in (tmp_path / "saves.rows").read_text().splitlines()]
+    (trained_on,), looked_up = ([rows for looks, rows in seen if looks == kind] for kind in (False, True))
+    assert len(trained_on) == 8 * STEPS and set(trained_on) == set(train)
+    assert looked_up == [held[::6].tolist()] * 4  # of 16 places
 
 
 def test_lines_of_a_log_that_a_power_cut_spoilt_are_dropped(argv, reference, killed):
@@ -705,6 +791,9 @@ def test_two_processes_stop_together_or_die_and_end_in_the_same_bits(argv, tmp_p
     assert [line["step"] for line in log if "loss" in line] == list(range(2, 19, 2))
     assert [line["epoch"] for line in log if "retrieval" in line] == [0, 1, 2, 3]
     assert_same_run(begun("torchrun").result(), out)
+    run([*argv, "--epochs", 1], tmp_path / "one")  # the same pairs, in micro-batches and so with the batch norm of two
+    alone = next(line for line in contents(tmp_path / "one")[1] if "loss" in line)
+    assert alone["step"] == 2 and alone["loss"] == pytest.approx(next(line["loss"] for line in log if "loss" in line), rel=1e-3)
 
 
 def test_the_others_do_not_wait_for_a_rank_that_is_refused(argv, tmp_path):
