@@ -7,6 +7,9 @@ import time
 import pytest
 from conftest import ROOT
 
+import finetune
+import models
+
 PYTHON = """#!/usr/bin/env bash
 case "$*" in
   *device_count*) echo "$GPUS"; exit ;;
@@ -36,9 +39,9 @@ def start(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "index.json").touch()
 
-    def start(gpus, fails="none", sleeps="none", vanish="none"):
+    def start(gpus, fails="none", sleeps="none", vanish="none", **more):
         environment = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "NOTES": str(tmp_path), "GPUS": str(gpus),
-                       "FAILS": fails, "SLEEPS": sleeps, "VANISH": vanish}
+                       "FAILS": fails, "SLEEPS": sleeps, "VANISH": vanish, **more}
         return subprocess.Popen(
             ["bash", ROOT / "run_all.sh", "--sen12ms", tmp_path / "sen12ms", "--dfc2020", tmp_path / "dfc2020",
              "--out", tmp_path / "out"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -56,7 +59,19 @@ def test_every_job_runs_once_and_the_pretrainings_come_first(start, tmp_path, gp
     assert len(commands) == len(set(commands)) == 3 + 3 * 3 + 1 + 4 + 7 + 4 + 1
     assert {command.split()[2] for command in commands[:3]} == {"d-simclr", "mma", "simclr-rgb"}
     assert all(command.startswith("pretrain.py --method ") for command in commands[:3])
-    assert commands[-1].startswith("finetune.py --report ")
+    assert commands[-1] == f"finetune.py --report {tmp_path}/out/results"
+    assert all(f" --data {tmp_path}/sen12ms --out {tmp_path}/out/runs/{command.split()[2]}" in f"{command} " for command in commands[:3])
+    assert not any("--scale" in command or "--lr" in command or "--crop" in command for command in commands)  # as published
+    evaluated = [command for command in commands[3:-1] if "show.py" not in command]
+    assert all(f" --data {tmp_path}/dfc2020 --results {tmp_path}/out/results --seeds 5 " in command for command in evaluated)
+    tuned = {command.split()[8]: command for command in evaluated if "finetune.py" in command and "--label-fraction" not in command}
+    assert tuned.keys() == models.METHODS.keys() and all(command.endswith("--task single multi") for command in tuned.values())
+    for method, command in tuned.items():
+        checkpoint = f"--checkpoint {tmp_path}/out/runs/{method}/last.pt"
+        assert (checkpoint in command) == models.METHODS[method]["pretrained"] == any(
+            "linear_eval.py" in probe and checkpoint in probe for probe in evaluated)
+    few = {command.split()[8] for command in evaluated if command.endswith("--label-fraction 0.01 0.1 0.5")}
+    assert few == finetune.CURVES.keys()
     seen = {device for device, _, _ in began[:-1]}
     assert seen <= {*map(str, range(gpus))} if gpus else seen == {""}
 
@@ -106,6 +121,12 @@ def test_a_signal_ends_it_once_the_job_in_hand_has_saved(start, tmp_path, number
     job.communicate(timeout=30)
     assert job.returncode == -number
     assert_nothing_is_left(tmp_path)
+
+
+def test_jobs_run_on_the_gpus_that_the_user_left_visible_one_on_each(start, tmp_path):
+    start(2, "mma", "d-simclr", CUDA_VISIBLE_DEVICES="5,7").communicate(timeout=30)  # the first sleeps until the other fails
+    first = [line.split()[:4] for line in (tmp_path / "began").read_text().splitlines()]
+    assert {device for device, *_ in first} == {"5", "7"} and {method for *_, method in first} >= {"d-simclr", "mma"}
 
 
 def test_claims_that_vanish_leave_no_job_out_in_silence(start):
