@@ -185,12 +185,12 @@ def table_rows(lines):
         title = row_title(line)
         return ORDER.index(title.split(",")[0]), title
 
-    rows = {}
+    rows = {}  # the bands of SimCLR (RGB) are its own, too
     any_bands = [line for line in lines if "bands" not in models.METHODS[line["method"]]]
     every = grouped(any_bands or lines, settings_of)
     for (_, title), group in grouped(sorted(lines, key=place), place).items():
         variants = grouped(group, settings_of)
-        own = OWN | {"bands"} & models.METHODS[group[0]["method"]].keys()  # as SimCLR (RGB) has
+        own = OWN | {"bands"} & models.METHODS[group[0]["method"]].keys()
         same = {pair for pair in frozenset.intersection(*variants) if pair[0] in own}
         same |= frozenset.intersection(*every)
         for settings, variant in variants.items():

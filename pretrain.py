@@ -310,7 +310,7 @@ def held_out_retrieval(model, patches, crops, args, stats, cast):
     for s1, s2, *_ in data.loader(patches, crops, args.crop, args.device, args.threads):
         inputs = models.to_input(s1, s2, args.scale, stats)
         if args.method == "simclr-rgb":
-            # Not left and right: bf16 convolutions of maps of 2 px by more are wrong on a CPU.
+            # Not left and right: on a CPU bf16 convolutions of tall maps, 2 px wide, are wrong.
             inputs = inputs[1].split(args.crop // 2, dim=2)[:2]
         with cast:
             embeddings.append(model(*inputs))
