@@ -47,7 +47,7 @@ CURVES = {"mma": ("o", "#c0392b", (47.5, 59.7, 64.2, 69.0)),
           "early-fusion": ("^", "#1b7837", (34.6, 52.2, 55.1, 62.0)),
           "late-fusion": ("v", "#e08214", (39.8, 50.0, 61.7, 62.0))}
 ORDER = [*TITLES.values(), "Band means and sd"]  # of a table's rows, the poster's first
-OWN = {"method", "checkpoint"}  # of each row of a table; in what else they differ, they say
+OWN = {"method", "checkpoint", "bands"}  # of a table's row; in what else they differ, they say
 # What a run was made with, beside what linear_eval.py tells of its own:
 OPTIONS = ("epochs", "batch_size", "lr", "classifier_lr", "weight_decay", "drop_epoch")
 STRIP = 256  # px of a map that are made at a time
@@ -185,13 +185,10 @@ def table_rows(lines):
         title = row_title(line)
         return ORDER.index(title.split(",")[0]), title
 
-    rows = {}  # the bands of SimCLR (RGB) are its own, too
-    any_bands = [line for line in lines if "bands" not in models.METHODS[line["method"]]]
-    every = grouped(any_bands or lines, settings_of)
+    rows, every = {}, grouped(lines, settings_of)
     for (_, title), group in grouped(sorted(lines, key=place), place).items():
         variants = grouped(group, settings_of)
-        own = OWN | {"bands"} & models.METHODS[group[0]["method"]].keys()
-        same = {pair for pair in frozenset.intersection(*variants) if pair[0] in own}
+        same = {pair for pair in frozenset.intersection(*variants) if pair[0] in OWN}
         same |= frozenset.intersection(*every)
         for settings, variant in variants.items():
             differ = ", ".join(" ".join(pair) for pair in sorted(settings - same))
@@ -271,7 +268,7 @@ def draw_fractions(axis, lines, beside_poster):
 
 
 def report_part(axis, lines, classes, simulated):
-    """Draw the figure of all results with these classes -> their four tables."""
+    """Draw the figure of all results with these classes -> their four tables, whose bands."""
     published = classes == tuple(data.CLASSES)
     beside_poster = published and not simulated
     title = "Classes of DFC2020" if published else ", ".join(classes)
@@ -279,11 +276,12 @@ def report_part(axis, lines, classes, simulated):
     probed = [line for line in lines if line["protocol"] == "linear"]
     trained = [line for line in lines if line["protocol"] != "linear"]
     draw_fractions(axis, trained, beside_poster)
-    warning = "SIMULATED data, " if simulated else ""
-    axis.set_title(f"{warning}{title}, single-label", fontsize=10)
+    axis.set_title(f"{'SIMULATED data, ' * simulated}{title}, single-label", fontsize=10)
     tables = [main_table(trained, task, classes, beside_poster) for task in HEADINGS]
     tables += [share_table("All layers trained, by share of the labels", trained),
                share_table("Frozen encoders, linear classifier", probed)]
+    for bands, group in grouped(lines, lambda line: dict(settings_of(line))["bands"]).items():
+        tables.append(f"Bands {bands}: {', '.join(sorted({*map(row_title, group)}))}.\n")
     return "\n".join([f"## {title}{note}\n", *tables])
 
 
@@ -337,8 +335,10 @@ def read_strip(scene, bands, window):
     classifier does not look at it; (h, w) bool: a sensor has none there."""
     images = []
     for sensor, names in bands.items():
-        unseen = np.zeros((len(names), window.height, window.width), np.float32)
-        images.append(scene[sensor].values(window) if sensor in scene else unseen)
+        if sensor in scene:
+            images.append(scene[sensor].values(window))
+        else:
+            images.append(np.zeros((len(names), window.height, window.width), np.float32))
     return images, np.isnan(np.concatenate(images)).any(0)
 
 

@@ -314,7 +314,7 @@ def retrieval(similarity):
 # scale, stats {"s1", "s2": {"mean", "std"}}, simulated, args, encoders and heads {"s1", "s2":
 # state_dict}, versions; from pretrain.py also epoch, step, optimizer, random, retrieval, data; a
 # classifier of finetune.py has no heads but fc (state_dict), task, crop, run, scores and stored
-# (bands of its store); once read, file, its path, and checkpoint, its hash. No pickle is executed.
+# (bands of its store). Reading adds its path (file) and hash (checkpoint) and executes no pickle.
 
 # What the weights released with the paper do not say.
 RELEASED = {"arch": "resnet18", "bands": {"s1": S1_BANDS, "s2": S2_BANDS}, "classes": CLASSES,

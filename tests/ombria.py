@@ -127,12 +127,11 @@ def main():
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out}: is not empty: remove it or choose another folder")
     places, missing = find_places(args.clone, regions)
-    lack = [place["name"] for place in places if regions and not place["test"] and place["name"] not in regions]
-    if lack:
-        parser.error(f"{args.regions}: lacks {len(lack)} places, {', '.join(lack[:3])}: with four digits, as files have them")
     if not places:
         parser.error(f"{args.clone}: neither OmbriaS1/ nor 2021/ with PNG files are in it: is it a clone "
                      "of https://github.com/geodrak/OMBRIA?")
+    if empty := set(args.test_regions) - {place["scene"] for place in places}:
+        parser.error(f"--test-regions {' '.join(sorted(empty))}: none of its places is there: numbers have four digits, 0001")
     for place in tqdm(places, desc="converting", unit="place"):
         split = "test" if place["test"] or place["scene"] in args.test_regions else "train"
         missing.append(convert(place, "before", split, args.out / "pairs"))

@@ -1,11 +1,11 @@
 """Tiles of SEN1-2 with a land class as a tree for data.py pack: what the test fold is, whole groups.
 
-    python tests/sen12.py ../shared/real/sen12 OUT --test-fold 0            # fold 1 is trained on
+    python tests/sen12.py ../shared/real/sen12 OUT --test-fold 0            # the others are trained on
     python tests/sen12.py ../shared/real/sen12 OUT --test-fold 0 --tune 0   # to choose settings on
 
 The folder holds CLASS/sar_N.jpg (Sentinel-1 VV) and CLASS/op_N.jpg (Sentinel-2), both grey, 256 px of
 SEN1-2 (Schmitt, Hughes, Zhu 2018, CC BY 4.0), and places.csv: class, number, group (tiles that
-overlap), fold. Tiles of the test fold are the split `test`, those of the other fold `train`; groups
+overlap), fold. Tiles of the test fold are the split `test`, those of all others `train`; groups
 without a fold are in neither: they have no class maps and are for pretraining only. With --tune a
 fifth of the training groups is `test` in place of the test fold, which is left out altogether.
 A group is a scene; a class map is the tile's class all over. 8 bits become dB and reflectance as in

@@ -55,8 +55,9 @@ def draw_run(folder):
     left.plot(*zip(*losses), ".-")
     left.set(xlabel="epoch", ylabel="loss", title=content["method"])
     found = [entry for entry in entries if "retrieval" in entry]
-    for way in list(found[0]["retrieval"])[1:] if found else ():
-        top1 = [(entry["epoch"], entry["retrieval"][way]["top1"]) for entry in found]
+    ways = dict.fromkeys(way for entry in found for way in entry["retrieval"] if way != "candidates")
+    for way in ways:  # of SimCLR older versions looked up others
+        top1 = [(entry["epoch"], entry["retrieval"][way]["top1"]) for entry in found if way in entry["retrieval"]]
         right.plot(*zip(*top1), "o-", label=way)
         right.legend()
     right.set(xlabel="epoch", ylabel="held-out retrieval, top-1", ylim=(0, 1))

@@ -1409,7 +1409,7 @@ def test_whole_scenes_are_held_out(layout, counts, tmp_path, rng):
 
 
 def test_what_is_held_out_is_the_same_in_every_version():
-    """A checkpoint says what share, not which: `--retrieve` must not look among scenes that it was trained on."""
+    """A checkpoint says what share, not which: `--retrieve` must not look among scenes that it was trained on (nor with another numpy)."""
     patches = SimpleNamespace(rows=np.arange(16), scenes=[f"scene {k:02}" for k in range(16)], rows_of=lambda split: [])
     assert data.split_scenes(patches, 0.25)[1].tolist() == [2, 3, 10, 11]
 

@@ -119,7 +119,7 @@ def test_a_step_of_pretraining_and_the_look_up_stay_on_the_gpu(method, scale, wo
     with GPU:
         SYNCED.clear()
         model, network, optimizer = pretrain.make_model(args, bands, GPU, world)
-    assert SYNCED == [model] * (world > 1)  # of the global batch
+    assert SYNCED == [model] * (world > 1)  # batch norm of the global batch
     s1, s2, *_ = crops(bands)
     inputs = pretrain.network_inputs(s1, s2, args, stats, 1, slice(N * (world - 1), N * world))
     cast, loss_of = models.autocast("bf16", GPU), partial(model.loss, temperature=0.1)

@@ -373,7 +373,8 @@ def test_a_map_lies_where_one_of_its_scenes_says(name, tmp_path, monkeypatch):
     write_tif(tmp_path / "S1.tif", s1, crs=other_crs, transform=other)
     assert make_map(monkeypatch, tmp_path).shape == (1, 64, 48)
     with rasterio.open(tmp_path / "map.tif") as tif:
-        assert tif.crs == (crs or other_crs) and tif.transform == (transform or other or rasterio.Affine.identity())
+        assert tif.crs == (crs or other_crs)
+        assert tif.transform.almost_equals(transform or other or rasterio.Affine.identity(), 1e-3)
 
 
 def test_a_sliver_in_the_first_lines_judges_no_scene(tmp_path, monkeypatch):

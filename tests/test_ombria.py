@@ -129,7 +129,7 @@ def test_a_clone_without_one_sensor_tells_how_little_was_written(clone, tmp_path
 def test_numbers_of_regions_that_lost_their_zeros_hold_nothing_out_in_silence(clone, tmp_path):
     (tmp_path / "regions.csv").write_text("number,region\n" + "".join(f"{k},R{k % 2}\n" for k in range(6)))  # as Excel saves them
     result = user("tests/ombria.py", clone[0], tmp_path / "out", "--regions", tmp_path / "regions.csv", "--test-regions", "R1")
-    assert result.returncode == 2 and "lacks 6 places, 0000, 0001, 0002: with four digits" in result.stderr
+    assert result.returncode == 2 and "R1: none of its places is there: numbers have four digits" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
