@@ -281,7 +281,7 @@ def report_part(axis, lines, classes, simulated):
     tables += [share_table("All layers trained, by share of the labels", trained),
                share_table("Frozen encoders, linear classifier", probed)]
     for bands, group in grouped(lines, lambda line: dict(settings_of(line))["bands"]).items():
-        tables.append(f"Bands {bands}: {', '.join(sorted({*map(row_title, group)}))}.\n")
+        tables.append(f"Bands {bands}: {'; '.join(sorted({*map(row_title, group)}))}.\n")
     return "\n".join([f"## {title}{note}\n", *tables])
 
 

@@ -299,7 +299,7 @@ def test_the_report_says_which_bands_each_row_saw(tmp_path, monkeypatch):
         result_line(0.5), result_line(0.6, method="mma"), result_line(0.4, method="simclr-rgb", args=rgb),
         result_line(0.7, **SCRATCH, method="late-fusion", args=few), result_line(0.3, **{**LINEAR, "baseline": "bands"}, args=few)])
     assert [line for line in text.splitlines() if line.startswith("Bands")] == [
-        "Bands VV B2: D-SimCLR, MMA.", "Bands B4 B3 B2: SimCLR (RGB).", "Bands VV B3: Band means and sd, LateFusion."]
+        "Bands VV B2: D-SimCLR; MMA.", "Bands B4 B3 B2: SimCLR (RGB).", "Bands VV B3: Band means and sd; LateFusion."]
 
 
 def test_the_posters_numbers_are_the_published_ones(shared, tmp_path, monkeypatch):
