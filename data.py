@@ -54,7 +54,7 @@ ADDED = {(1, 0): None, (1e-4, 0): 0, (1e-4, -0.1): 1000, (1, -1000): 1000}
 # order in which SNAP, or a VRT of files by name, has them.
 BRIGHTER = {"s1": ("VV", "VH", "VV", "'VH', 'VV'"),
             "s2": ("B9", "B10", "B8A", "'B1', ..., 'B8A'")}
-POSSIBLE = {"s1": (-90, 60), "s2": (0, 65_535)}  # what is beyond is neither, or stands for no data
+POSSIBLE = {"s1": (-90, 60), "s2": (0, 65_535)}  # beyond: no data, or another unit
 SURVEY = 32  # a scene is judged by one of so many lines, a low one by at least so many
 ROI = re.compile(r"(?:.*/)?(ROIs\d+_([a-z]+))_(s1|s2|dfc)_(\d+)_(p\d+)\.(?:tiff?|vrt)",
                  re.IGNORECASE)

@@ -268,7 +268,7 @@ def draw_fractions(axis, lines, beside_poster):
 
 
 def report_part(axis, lines, classes, simulated):
-    """Draw the figure of all results with these classes -> their four tables, whose bands."""
+    """Draw the figure of all results with these classes -> their tables, which bands they saw."""
     published = classes == tuple(data.CLASSES)
     beside_poster = published and not simulated
     title = "Classes of DFC2020" if published else ", ".join(classes)

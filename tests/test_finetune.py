@@ -128,9 +128,9 @@ def fit_some(labelled, rows, rate=1e-5, epochs=1, seed=0):
 @pytest.mark.parametrize("task", ["single", "multi"])
 def test_training_is_what_its_steps_are_written_out(labelled, task):
     """Adam on the task's own loss, the encoders at --lr, the classifier at --classifier-lr, both with --weight-decay."""
-    patches, rows = data.Patches(labelled), np.arange(6)
+    patches, rows = data.Patches(labelled), np.arange(12)
     args = linear_eval.evaluation_parser("").parse_args([])
-    vars(args).update(crop=32, batch_size=3, lr=1e-3, classifier_lr=1e-2, weight_decay=0.1, epochs=2, drop_epoch=1,
+    vars(args).update(crop=32, batch_size=12, lr=1e-3, classifier_lr=1e-2, weight_decay=0.1, epochs=2, drop_epoch=1,
                       precision="float32", results=labelled.parent)
     torch.manual_seed(0)
     model = models.Classifier(models.make_encoders("only-s2", patches.bands)).eval()
@@ -139,14 +139,14 @@ def test_training_is_what_its_steps_are_written_out(labelled, task):
     optimizer = torch.optim.Adam([{"params": other.encoders.parameters(), "lr": 1e-3}, {"params": other.fc.parameters(), "lr": 1e-2}],
                                  weight_decay=0.1, fused=True)
     for epoch in range(2):
-        for batch in data.random_crops(rows, patches.size, 32, 3, 5, epoch):
+        for batch in data.random_crops(rows, patches.size, 32, 12, 5, epoch):
             (s1, s2, classes, _), = data.loader(patches, [batch], 32, classes=True)
             logits, label = other(*models.to_input(s1, s2, "fixed")), models.single_label(classes)
             if task == "single":
                 loss = F.cross_entropy(logits[label != data.IGNORE], label[label != data.IGNORE])
             else:
                 label = models.multi_label(classes)
-                loss = F.binary_cross_entropy_with_logits(logits[label.any(1)], label[label.any(1)])
+                loss = F.binary_cross_entropy_with_logits(logits, label, reduction="none").mean(1)[label.any(1)].mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

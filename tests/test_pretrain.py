@@ -192,6 +192,7 @@ def test_the_look_up_is_of_held_out_places_by_the_network_as_it_is_used_afterwar
     begun(method).result()
     content = models.load_checkpoint(folder() / method / "last.pt")
     model, scaling = models.load_contrastive(content)
+    model.to(memory_format=torch.channels_last)  # as in training: each layout has its own rounding
     patches = data.Patches(make_store(), models.METHODS[method].get("bands"))
     _, held = data.split_scenes(patches, 0.25)
     (s1, s2, *_), = data.loader(patches, data.grid_crops(held, patches.size, 33, 100, middle=True), 33)
