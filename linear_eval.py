@@ -396,8 +396,10 @@ def composite(s2, bands):
 
 
 def evaluation_parser(description):
-    """-> parser with the options that linear_eval.py and finetune.py have in common."""
-    parser = argparse.ArgumentParser(description=description,
+    """-> parser with the options that linear_eval.py and finetune.py have in common.
+
+    No option may be abbreviated: pretrain.py's --seed 2 would be --seeds 2 here."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", help="pretrained: it decides --method, --arch, --scale and --bands")

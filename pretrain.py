@@ -311,7 +311,7 @@ def held_out_retrieval(model, patches, crops, args, stats, cast):
         inputs = models.to_input(s1, s2, args.scale, stats)
         if args.method == "simclr-rgb":
             # Not left and right: on CPUs with AMX bf16 convolutions of stride 2 of tall maps, 2 px
-            # wide, are wrong (torch 2.14; see pytorch/pytorch#169688).
+            # wide, are wrong (torch 2.14; alike: pytorch/pytorch#169688).
             inputs = inputs[1].split(args.crop // 2, dim=2)[:2]
         with cast:
             embeddings.append(model(*inputs))

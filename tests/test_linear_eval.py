@@ -530,6 +530,13 @@ def test_each_seed_draws_its_own_labels_weights_and_crops_as_asked(tmp_path, lab
     assert [arguments[5] for arguments, _ in trained] == ([0, 1] if script is finetune else [])
 
 
+@pytest.mark.parametrize("script", [linear_eval, finetune])
+def test_seed_of_pretraining_is_not_taken_for_a_number_of_seeds(labelled, monkeypatch, capsys, script):
+    with pytest.raises(SystemExit, match="2"):
+        call(monkeypatch, script, "--data", labelled, "--seed", 2)
+    assert "unrecognized arguments: --seed 2" in capsys.readouterr().err
+
+
 def test_one_split_is_learnt_from_and_the_other_tested_on(tmp_path, labelled, monkeypatch):
     options = ("--data", labelled, "--results", tmp_path, "--crop", 32, "--seeds", 1)
     probes = watch(monkeypatch, linear_eval, "probe")
