@@ -334,18 +334,18 @@ def embed(args, content):
 
 
 def retrieve(args, content):
-    """--retrieve: who finds whom, by the centre crops of at most 1,000 patches that pretraining did
-    not see: of the split `test` or, in its data, of the held-out scenes."""
+    """--retrieve: who finds whom, by the centre crops of at most 1,000 patches: in pretraining's
+    own store of those that it held out; in another of the split `test`, whatever it saw there."""
     if models.METHODS[args.method]["inputs"] != ("s1", "s2"):
         raise data.DataError(f"{args.checkpoint}: --retrieve: {args.method} lacks a sensor")
     patches, pretraining = open_patches(args, content), content["args"]
-    share = pretraining["holdout"] if pretraining.get("data") == patches.identity else 0
-    _, unseen = data.split_scenes(patches, share)
-    if not len(unseen):
+    own = pretraining.get("data") == patches.identity
+    _, held_out = data.split_scenes(patches, pretraining["holdout"] if own else 0)
+    if not len(held_out):
         raise data.DataError(f"{args.data}: --retrieve needs patches that pretraining did not see: "
                              "a split `test`, or its very data and --holdout above 0 there")
     Path(args.retrieve).parent.mkdir(parents=True, exist_ok=True)
-    rows = unseen[::math.ceil(len(unseen) / CANDIDATES)]
+    rows = held_out[::math.ceil(len(held_out) / CANDIDATES)]
     model, scaling = models.load_contrastive(content)
     model.to(args.device)
     x = extract(lambda s1, s2: torch.stack(model(s1, s2), 1), scaling, patches, rows, args,
@@ -353,8 +353,8 @@ def retrieve(args, content):
     similarity = model.similarity(*torch.from_numpy(x).unbind(1))
     found = models.retrieval(similarity)
     simulated = "SIMULATED data, " if patches.simulated else ""
-    result = (f"{simulated}{TITLES[args.method]}: {len(rows)} held-out candidates, "
-              f"top-1 {found['top1']:.0%}, top-5 {found['top5']:.0%}, "
+    result = (f"{simulated}{TITLES[args.method]}: {len(rows)} {'held-out' if own else 'test'} "
+              f"candidates, top-1 {found['top1']:.0%}, top-5 {found['top5']:.0%}, "
               f"median rank {found['median']:g}, crops of {args.crop} px")
     nearest = similarity.topk(min(NEAREST, len(rows)), 1).indices.numpy()
     draw_retrieval(args, rows, nearest, result)

@@ -657,8 +657,11 @@ def test_authors_weights_are_probed_and_fine_tuned(tmp_path, labelled, monkeypat
         assert (line["method"], line["protocol"], line["args"]["scale"]) == (method, protocol, "patch-max")
 
 
-def test_retrieval_as_a_picture(tmp_path, pairs, checkpoint, monkeypatch, capsys):
-    call(monkeypatch, linear_eval, "--checkpoint", checkpoint, "--data", pairs, "--retrieve", tmp_path / "out.png")
+def test_retrieval_as_a_picture(tmp_path, pairs, labelled, checkpoint, monkeypatch, capsys):
+    common = ("--checkpoint", checkpoint, "--retrieve", tmp_path / "out.png", "--data")
+    call(monkeypatch, linear_eval, *common, labelled)
+    assert "24 test candidates," in capsys.readouterr().out  # of a store that says nothing of what was trained on
+    call(monkeypatch, linear_eval, *common, pairs)
     assert "32 held-out candidates," in capsys.readouterr().out  # half of the scenes are held out
     assert (tmp_path / "out.png").stat().st_size > 20_000
 
