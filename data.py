@@ -298,8 +298,7 @@ class Raster:
         image = image.astype(np.float32)
         if self.sensor == "s2":
             image -= self.offset or 0  # None: nothing is there
-            np.rint(image, out=image).clip(0, out=image)
-            image[:, there & ~image.any(0)] = 1  # dark, since 0 in all bands is missing
+            np.rint(image, out=image).clip(1, out=image)  # 0 in all that a model takes is missing
         image[:, ~there] = np.nan
         return image
 

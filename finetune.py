@@ -241,8 +241,10 @@ def share_table(heading, lines):
         kinds = grouped(group, lambda line: (line["task"], line["label_fraction"]))
         for (task, fraction), runs in sorted(kinds.items(), reverse=True):
             cells = [percent((line[name] for line in runs), 1) for name in SCORES]
-            rows.append([title, task, f"{100 * fraction:g} %", *cells, len(runs)])
-    return f"### {heading}, %\n\n{markdown(['', 'task', 'labels', *SCORES, 'seeds'], rows)}"
+            patches = np.mean([line["counts"]["train_patches"] for line in runs]).round()
+            rows.append([title, task, f"{100 * fraction:g} %", f"{patches:g}", *cells, len(runs)])
+    columns = ["", "task", "labels", "patches", *SCORES, "seeds"]
+    return f"### {heading}, %\n\n{markdown(columns, rows)}"
 
 
 def draw_fractions(axis, lines, beside_poster):
@@ -268,11 +270,11 @@ def draw_fractions(axis, lines, beside_poster):
 
 
 def report_part(axis, lines, classes, simulated):
-    """Draw the figure of all results with these classes -> their tables, which bands they saw."""
+    """Draw the figure of all results with these classes -> their tables; of what bands they saw."""
     published = classes == tuple(data.CLASSES)
     beside_poster = published and not simulated
     title = "Classes of DFC2020" if published else ", ".join(classes)
-    note = ", beside the poster (Scheibenreif, Mommert, Borth 2022)" if beside_poster else ""
+    note = ", beside the poster's of DFC2020 (Scheibenreif et al. 2022)" if beside_poster else ""
     probed = [line for line in lines if line["protocol"] == "linear"]
     trained = [line for line in lines if line["protocol"] != "linear"]
     draw_fractions(axis, trained, beside_poster)
@@ -281,7 +283,7 @@ def report_part(axis, lines, classes, simulated):
     tables += [share_table("All layers trained, by share of the labels", trained),
                share_table("Frozen encoders, linear classifier", probed)]
     for bands, group in grouped(lines, lambda line: dict(settings_of(line))["bands"]).items():
-        tables.append(f"Bands {bands}: {'; '.join(sorted({*map(row_title, group)}))}.\n")
+        tables.append(f"Of bands {bands}: {'; '.join(sorted({*map(row_title, group)}))}.\n")
     return "\n".join([f"## {title}{note}\n", *tables])
 
 
@@ -335,10 +337,8 @@ def read_strip(scene, bands, window):
     classifier does not look at it; (h, w) bool: a sensor has none there."""
     images = []
     for sensor, names in bands.items():
-        if sensor in scene:
-            images.append(scene[sensor].values(window))
-        else:
-            images.append(np.zeros((len(names), window.height, window.width), np.float32))
+        unseen = np.zeros((len(names), window.height, window.width), np.float32)
+        images.append(scene[sensor].values(window) if sensor in scene else unseen)
     return images, np.isnan(np.concatenate(images)).any(0)
 
 

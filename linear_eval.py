@@ -116,8 +116,10 @@ class Results:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not self.has(settings):  # else another process was faster
                 file.write("\n" + json.dumps({**settings, **scores, **more}))
-        tqdm.write(f"{TITLES[settings['method']]}, {settings['protocol']}, {settings['task']}-label"
-                   f", {100 * settings['label_fraction']:g} % of labels, seed {settings['seed']}: "
+        names = ("method", "protocol", "baseline", "sensors", "task")
+        about = ", ".join(settings[name] for name in names if settings.get(name))
+        share, seed = 100 * settings["label_fraction"], settings["seed"]
+        tqdm.write(f"{about}, {share:g} % of labels, seed {seed}: "
                    f"average {scores['average']:.1%}, overall {scores['overall']:.1%}")
 
 
@@ -334,10 +336,10 @@ def embed(args, content):
 
 
 def retrieve(args, content):
-    """--retrieve: who finds whom, by the centre crops of at most 1,000 patches: in pretraining's
-    own store of those that it held out; in another of the split `test`, whatever it saw there."""
-    if models.METHODS[args.method]["inputs"] != ("s1", "s2"):
-        raise data.DataError(f"{args.checkpoint}: --retrieve: {args.method} lacks a sensor")
+    """--retrieve: who finds whom, by the centre crops of at most 1,000 patches that pretraining
+    held out, or, in another store than its own, of the split `test`."""
+    if models.METHODS[args.method]["inputs"] != ("s1", "s2") or "fc" in content:
+        raise data.DataError(f"{args.checkpoint}: --retrieve: give a pretraining of both sensors")
     patches, pretraining = open_patches(args, content), content["args"]
     own = pretraining.get("data") == patches.identity
     _, held_out = data.split_scenes(patches, pretraining["holdout"] if own else 0)
@@ -352,10 +354,9 @@ def retrieve(args, content):
                 middle=True)["x"]  # (N, 2, 128), or maps (N, 2, 256, h/8, w/8)
     similarity = model.similarity(*torch.from_numpy(x).unbind(1))
     found = models.retrieval(similarity)
-    simulated = "SIMULATED data, " if patches.simulated else ""
-    result = (f"{simulated}{TITLES[args.method]}: {len(rows)} {'held-out' if own else 'test'} "
-              f"candidates, top-1 {found['top1']:.0%}, top-5 {found['top5']:.0%}, "
-              f"median rank {found['median']:g}, crops of {args.crop} px")
+    result = (f"{'SIMULATED data, ' * patches.simulated}{TITLES[args.method]}: {len(rows)} "
+              f"{'held-out' if own else 'test'} candidates, top-1 {found['top1']:.0%}, "
+              f"top-5 {found['top5']:.0%}, median rank {found['median']:g}, crops of {args.crop} px")
     nearest = similarity.topk(min(NEAREST, len(rows)), 1).indices.numpy()
     draw_retrieval(args, rows, nearest, result)
     print(f"wrote {args.retrieve}: {result}")

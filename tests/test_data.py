@@ -509,7 +509,7 @@ def test_cirrus_tells_the_offset_if_it_is_clear_somewhere(share, value, found, t
     else:
         patches = data.pack(tmp_path / "t", tmp_path / "store")
     assert patches.records["offset"].tolist() == [found]
-    assert np.array_equal(patches.arrays[1][0], (s2.astype(int) - found).clip(0))
+    assert np.array_equal(patches.arrays[1][0], (s2.astype(int) - found).clip(1))
 
 
 # ------------------------------------------------------------------------------ what a file says of itself
@@ -691,6 +691,7 @@ def test_what_was_not_seen_is_missing_in_all_and_in_no_statistic(sensor, how, tm
         write = HOLES[key][how] if key == sensor else lambda path, image, there: write_tif(path, image)
         paths[key] = write(tmp_path / f"{key}.tif", image, holes[key])
         holes[key] |= key != sensor
+    images["s2"] = s2 = s2.clip(1)  # darkest
     bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
     for key, image in images.items():
         expected = np.where(holes[key], image, np.float32(np.nan))
@@ -1092,7 +1093,7 @@ def test_cirrus_shows_the_offset_where_it_is_not_asked_for_and_nothing_else(name
     numbers = [data.S2_BANDS.index(band) for band in bands]
     if "B10" not in bands:
         image[numbers, 60:] = 0
-    expected = (image[numbers].astype(float) - (offset or 0)).clip(0)
+    expected = (image[numbers].astype(float) - (offset or 0)).clip(1)
     if "B10" not in bands:
         expected[:, 60:] = np.nan
     path = write_tif(tmp_path / "x.tif", image, names)
@@ -1124,16 +1125,18 @@ def test_band_10_of_landsat_is_not_cirrus(tmp_path, rng):
 
 
 def test_dark_water_below_the_offset_is_not_missing(tmp_path, rng):
-    """It is 1, since 0 in all bands would be."""
+    """It is 1, since 0 in all bands, or in all that are asked for, would be."""
     s2 = rng.integers(1100, 3000, (3, 12, 10)).astype(np.uint16)
     s2[:, :4], s2[:, 5], s2[:2, 6] = 990, 0, 1000
     for sensor, image in (("s1", clean(rng)[0]), ("s2", s2)):
         write_tif(tmp_path / f"t/{sensor}/a.tif", image)
     (tmp_path / "t/legend.json").write_text('{"s2": ["B8", "B11", "B12"]}')
     patches = data.pack(tmp_path / "t", tmp_path / "store", s2_offset=1000)
-    expected = s2.clip(1000) - 1000
-    expected[:, :4] = 1
+    expected = s2.clip(1001) - 1000
+    expected[:, 5] = 0
     assert np.array_equal(patches.arrays[1][0], expected) and (patches.records["count"][0, 2:] == 110).all()
+    mapped = data.Raster(tmp_path / "t/s2/a.tif", "s2", ["B8", "B11"], 1000, ["B8", "B11", "B12"]).values()
+    assert np.array_equal(np.nan_to_num(mapped), expected[:2])  # as a map sees what was trained on
 
 
 @pytest.mark.parametrize("first", range(3))

@@ -230,7 +230,7 @@ def result_line(average, overall=0.5, **change):
     line = {"method": "d-simclr", "protocol": "finetune", "task": "single", "label_fraction": 1.0,
             "seed": 0, "data": "d", "checkpoint": "c", "classes": list(classes), "simulated": False,
             "class": [average] * (len(classes) - 1) + [None], "average": average,
-            "overall": overall, **change}
+            "overall": overall, "counts": {"train_patches": 100 * change.get("label_fraction", 1)}, **change}
     line["args"] = {"lr": 1e-5, "bands": {"s1": ["VV"], "s2": ["B2"]}, **change.get("args", {})}
     return line
 
@@ -268,11 +268,11 @@ def test_report_has_the_rows_of_the_poster_and_a_spread_over_seeds(tmp_path, mon
         + "- | **71 ± 3** (poster 70: +1) | 70 ± 0 (poster 70) | 3 |",
         "| D-SimCLR, from scratch | " + "30 | " * 7 + "- | 30 | 50 | 1 |"]
     assert "No results." in multi and "|" not in multi
-    assert [line for line in linear.splitlines() if line.startswith("| ")][2:] == ["| SimCLR (RGB) | single | 100 % | 30.0 | 35.0 | 1 |",
-        "| D-SimCLR | single | 100 % | 55.0 | 65.0 | 1 |", "| D-SimCLR | single | 0.2 % | 35.0 | 40.0 | 1 |",
-        "| D-SimCLR, random weights | single | 100 % | 20.0 | 25.0 | 1 |", "| D-SimCLR, s1 alone | single | 100 % | 45.0 | 50.0 | 1 |"]
+    assert [line for line in linear.splitlines() if line.startswith("| ")][2:] == ["| SimCLR (RGB) | single | 100 % | 100 | 30.0 | 35.0 | 1 |",
+        "| D-SimCLR | single | 100 % | 100 | 55.0 | 65.0 | 1 |", "| D-SimCLR | single | 0.2 % | 0 | 35.0 | 40.0 | 1 |",
+        "| D-SimCLR, random weights | single | 100 % | 100 | 20.0 | 25.0 | 1 |", "| D-SimCLR, s1 alone | single | 100 % | 100 | 45.0 | 50.0 | 1 |"]
     assert [line for line in trained.splitlines() if line.startswith("| MMA")] == [
-        "| MMA | single | 10 % | 50.0 | 50.0 | 1 |", "| MMA | single | 1 % | 40.0 | 50.0 | 1 |"]
+        "| MMA | single | 10 % | 10 | 50.0 | 50.0 | 1 |", "| MMA | single | 1 % | 1 | 40.0 | 50.0 | 1 |"]
     assert "SIMULATED" not in text
     assert (tmp_path / "label_fraction.png").stat().st_size > 5000
 
@@ -293,13 +293,13 @@ def test_report_keeps_runs_of_different_settings_apart(tmp_path, monkeypatch):
     assert "| D-SimCLR [bands VV B3, lr 1e-05] | 80 " in text
 
 
-def test_the_report_says_which_bands_each_row_saw(tmp_path, monkeypatch):
+def test_the_report_says_of_which_bands_each_row_saw_those_of_its_sensors(tmp_path, monkeypatch):
     rgb, few = {"bands": {"s1": [], "s2": models.RGB}}, {"bands": {"s1": ["VV"], "s2": ["B3"]}}
     text = report_of(monkeypatch, tmp_path, [
         result_line(0.5), result_line(0.6, method="mma"), result_line(0.4, method="simclr-rgb", args=rgb),
         result_line(0.7, **SCRATCH, method="late-fusion", args=few), result_line(0.3, **{**LINEAR, "baseline": "bands"}, args=few)])
-    assert [line for line in text.splitlines() if line.startswith("Bands")] == [
-        "Bands VV B2: D-SimCLR; MMA.", "Bands B4 B3 B2: SimCLR (RGB).", "Bands VV B3: Band means and sd; LateFusion."]
+    assert [line for line in text.splitlines() if line.startswith("Of bands")] == [
+        "Of bands VV B2: D-SimCLR; MMA.", "Of bands B4 B3 B2: SimCLR (RGB).", "Of bands VV B3: Band means and sd; LateFusion."]
 
 
 def test_the_posters_numbers_are_the_published_ones(shared, tmp_path, monkeypatch):

@@ -440,6 +440,15 @@ def test_a_run_that_files_joined_by_cat_hold_twice_counts_once(tmp_path):
     assert [(line["seed"], line["average"]) for line in results.read()] == [(0, 0.5), (1, 0.5)]
 
 
+def test_what_is_printed_of_a_run_names_its_network(tmp_path, capsys):
+    results = linear_eval.Results(tmp_path)
+    results.add(run_of(), SCORES)
+    results.add(run_of(protocol="linear", baseline="bands", sensors="s1"), SCORES)
+    scores = "100 % of labels, seed 0: average 50.0%, overall 60.0%\n"
+    assert capsys.readouterr().out == (
+        f"d-simclr, finetune, single, {scores}d-simclr, linear, bands, s1, single, {scores}")
+
+
 @pytest.mark.parametrize("fraction, words", [(0.002, "0.2 % of labels"), (0.07, "7 % of"), (0.1, "10 % of"),
                                              (1.0, "100 % of")])
 def test_small_fractions_are_not_rounded_away(tmp_path, capsys, fraction, words):
@@ -788,15 +797,19 @@ def test_crops_have_their_own_labels_among_many_classes(tmp_path):
     ("--baseline random --bands VH --data {flood}", "d-simclr needs bands of s2"),
     ("--baseline random --method only-s2 --sensors s1 --crop 32", "--sensors s1"),
     ("--baseline random --data {checkpoint.parent}", "pack"),
-    ("--checkpoint {classifier}", "only-s1.pt: has learnt from labels"),
+    ("--checkpoint {only_s1}", "only-s1.pt: has learnt from labels"),
+    ("--checkpoint {only_s1} --retrieve x.png", "only-s1.pt: --retrieve: give a pretraining of both"),
+    ("--checkpoint {d_simclr} --retrieve x.png", "d-simclr.pt: --retrieve: give a pretraining of both"),
 ])
 def test_a_checkpoint_or_data_that_do_not_fit_are_one_line(tmp_path, labelled, pairs, flood, checkpoint, monkeypatch,
                                                            options, message):
     content = models.load_checkpoint(checkpoint)
-    classifier = tmp_path / "only-s1.pt"
-    models.save_checkpoint(classifier, models.Classifier(models.make_encoders("only-s1", content["bands"])),
-                           **{**content, "method": "only-s1"})
-    filled = [option.format(checkpoint=checkpoint, pairs=pairs, flood=flood, classifier=classifier)
+    classifiers = {}
+    for method in ("only-s1", "d-simclr"):
+        path = classifiers[method.replace("-", "_")] = tmp_path / f"{method}.pt"
+        models.save_checkpoint(path, models.Classifier(models.make_encoders(method, content["bands"])),
+                               **{**content, "method": method})
+    filled = [option.format(checkpoint=checkpoint, pairs=pairs, flood=flood, **classifiers)
               for option in options.split()]
     with pytest.raises((models.CheckpointError, data.DataError), match=message) as raised:
         call(monkeypatch, linear_eval, "--data", labelled, "--results", tmp_path, *filled)
