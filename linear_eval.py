@@ -355,8 +355,8 @@ def retrieve(args, content):
     similarity = model.similarity(*torch.from_numpy(x).unbind(1))
     found = models.retrieval(similarity)
     result = (f"{'SIMULATED data, ' * patches.simulated}{TITLES[args.method]}: {len(rows)} "
-              f"{'held-out' if own else 'test'} candidates, top-1 {found['top1']:.0%}, "
-              f"top-5 {found['top5']:.0%}, median rank {found['median']:g}, crops of {args.crop} px")
+              f"{'held-out' if own else 'test'} candidates, top-1 {found['top1']:.0%}, top-5 "
+              f"{found['top5']:.0%}, median rank {found['median']:g}, crops of {args.crop} px")
     nearest = similarity.topk(min(NEAREST, len(rows)), 1).indices.numpy()
     draw_retrieval(args, rows, nearest, result)
     print(f"wrote {args.retrieve}: {result}")
