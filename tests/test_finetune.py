@@ -336,14 +336,14 @@ def test_rows_of_a_table_that_differ_in_crop_scale_or_data_say_so(tmp_path, monk
              result_line(0.7, **LINEAR, args={"scale": "fixed"}), result_line(0.4, **LINEAR, method="mma", data="e", args={"scale": "fixed"})]
     text = report_of(monkeypatch, tmp_path, lines)
     assert "| D-SimCLR [crop 24] | 50 " in text and "| MMA [crop 32] | 60 " in text
-    assert "| D-SimCLR [data d] | single | 100 % | 70.0 " in text
-    assert "| MMA [data e] | single | 100 % | 40.0 " in text
+    assert "| D-SimCLR [data d] | single | 100 % | 100 | 70.0 " in text
+    assert "| MMA [data e] | single | 100 % | 100 | 40.0 " in text
 
 
 def test_a_probe_table_tells_the_seeds_of_either_task(tmp_path, monkeypatch):
     lines = [result_line(0.5, seed=seed, **LINEAR) for seed in range(3)] + [result_line(0.4, task="multi", **LINEAR)]
     text = report_of(monkeypatch, tmp_path, lines)
-    assert "| D-SimCLR | single | 100 % | 50.0 ± 0.0 | 50.0 ± 0.0 | 3 |\n| D-SimCLR | multi | 100 % | 40.0 | 50.0 | 1 |" in text
+    assert "| D-SimCLR | single | 100 % | 100 | 50.0 ± 0.0 | 50.0 ± 0.0 | 3 |\n| D-SimCLR | multi | 100 % | 100 | 40.0 | 50.0 | 1 |" in text
 
 
 def test_classes_of_ones_own_have_their_own_tables_and_no_poster(tmp_path, monkeypatch):
