@@ -174,7 +174,7 @@ class Raster:
                                 "product? Name them, or say order=, as Patches.stored has it")
         self.names = names
         unclear = "" in names or any(names.count(name) != 1 for name in wanted)
-        if unclear or (numbered and len(products) > 1):
+        if unclear or (numbered and not {*self.bands} <= {*texts}):
             raise DataError(f"{self.name}: {len(texts)} bands, {' '.join(map(str, texts))}; needed "
                             f"are {' '.join(self.bands)}: name them, or see legend.json in README")
         return [names.index(name) + 1 for name in wanted]
@@ -256,7 +256,7 @@ class Raster:
         if offset is None:
             raise DataError(f"{self.name}: without B10 where it is clear it cannot be told if 1,000"
                             " was added, as from baseline 04.00 (2022) on, unless harmonised: say "
-                            "--s2-offset (offset=) 0 or 1000")
+                            "--s2-offset (offset=) 0 or 1000, for all files")
         return offset
 
     def doubt(self, image, there):
@@ -297,8 +297,9 @@ class Raster:
             self.judge(image, there)
         image = image.astype(np.float32)
         if self.sensor == "s2":
+            black = image == 0  # missing where it is all that is asked for, of a file or a store
             image -= self.offset or 0  # None: nothing is there
-            np.rint(image, out=image).clip(1, out=image)  # 0 in all that a model takes is missing
+            np.rint(image, out=image).clip(1, out=image)[black] = 0
         image[:, ~there] = np.nan
         return image
 

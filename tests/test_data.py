@@ -509,7 +509,7 @@ def test_cirrus_tells_the_offset_if_it_is_clear_somewhere(share, value, found, t
     else:
         patches = data.pack(tmp_path / "t", tmp_path / "store")
     assert patches.records["offset"].tolist() == [found]
-    assert np.array_equal(patches.arrays[1][0], (s2.astype(int) - found).clip(1))
+    assert np.array_equal(patches.arrays[1][0], np.where(s2, (s2.astype(int) - found).clip(1), 0))
 
 
 # ------------------------------------------------------------------------------ what a file says of itself
@@ -691,7 +691,6 @@ def test_what_was_not_seen_is_missing_in_all_and_in_no_statistic(sensor, how, tm
         write = HOLES[key][how] if key == sensor else lambda path, image, there: write_tif(path, image)
         paths[key] = write(tmp_path / f"{key}.tif", image, holes[key])
         holes[key] |= key != sensor
-    images["s2"] = s2 = s2.clip(1)  # darkest
     bands = {"s1": data.S1_BANDS, "s2": data.S2_BANDS}
     for key, image in images.items():
         expected = np.where(holes[key], image, np.float32(np.nan))
@@ -1010,6 +1009,8 @@ def test_the_order_of_bands_without_names_is_asked_for_where_there_are_two(tmp_p
     numbered = write_tif(tmp_path / "y.tif", image[:4], ["b1", "b2", "b3", "b4"])  # which are not B1 to B4
     with pytest.raises(data.DataError, match="y.tif: 4 bands, b1 b2 b3 b4; needed are B4 B3 B2: name them"):
         data.Raster(numbered, "s2", models.RGB, 0)
+    with pytest.raises(data.DataError, match="y.tif: 4 bands, b1 b2 b3 b4; needed are B3 B2: name them"):
+        data.Raster(numbered, "s2", ["B3", "B2"], 0, ["B3", "B2"])  # a legend that does not say so
     legend = ["b2", "b1", "b4", "b3"]  # which says that they are names
     assert data.Raster(numbered, "s2", legend, 0, legend).values()[:, 0, 0].tolist() == [200, 100, 400, 300]
 
@@ -1093,7 +1094,7 @@ def test_cirrus_shows_the_offset_where_it_is_not_asked_for_and_nothing_else(name
     numbers = [data.S2_BANDS.index(band) for band in bands]
     if "B10" not in bands:
         image[numbers, 60:] = 0
-    expected = (image[numbers].astype(float) - (offset or 0)).clip(1)
+    expected = (image[numbers].astype(float) - (offset or 0)).clip(0)
     if "B10" not in bands:
         expected[:, 60:] = np.nan
     path = write_tif(tmp_path / "x.tif", image, names)
@@ -1125,18 +1126,19 @@ def test_band_10_of_landsat_is_not_cirrus(tmp_path, rng):
 
 
 def test_dark_water_below_the_offset_is_not_missing(tmp_path, rng):
-    """It is 1, since 0 in all bands, or in all that are asked for, would be."""
+    """It is 1, since 0 in all bands, or in all that are asked for, would be. What is 0 in the file is 0 to all."""
     s2 = rng.integers(1100, 3000, (3, 12, 10)).astype(np.uint16)
-    s2[:, :4], s2[:, 5], s2[:2, 6] = 990, 0, 1000
+    s2[:, :4], s2[:, 5], s2[:2, 6], s2[:2, 7], s2[2, 8] = 990, 0, 1000, 0, 0
     for sensor, image in (("s1", clean(rng)[0]), ("s2", s2)):
         write_tif(tmp_path / f"t/{sensor}/a.tif", image)
     (tmp_path / "t/legend.json").write_text('{"s2": ["B8", "B11", "B12"]}')
     patches = data.pack(tmp_path / "t", tmp_path / "store", s2_offset=1000)
-    expected = s2.clip(1001) - 1000
-    expected[:, 5] = 0
+    expected = np.where(s2, s2.clip(1001) - 1000, 0)
     assert np.array_equal(patches.arrays[1][0], expected) and (patches.records["count"][0, 2:] == 110).all()
-    mapped = data.Raster(tmp_path / "t/s2/a.tif", "s2", ["B8", "B11"], 1000, ["B8", "B11", "B12"]).values()
-    assert np.array_equal(np.nan_to_num(mapped), expected[:2])  # as a map sees what was trained on
+    read = data.Raster(tmp_path / "t/s2/a.tif", "s2", ["B8", "B11"], 1000, ["B8", "B11", "B12"]).values()
+    a_map, trained_on = (models.to_input(np.zeros((1, 1, 12, 10)), image[None], "standard", {
+        "s1": {"mean": [0], "std": [1]}, "s2": {"mean": [900, 900], "std": [600, 600]}})[1] for image in (read, expected[:2]))
+    assert torch.equal(a_map, trained_on) and (a_map == 0).all(1).sum() == 20  # both missing where both bands are 0
 
 
 @pytest.mark.parametrize("first", range(3))
