@@ -270,7 +270,7 @@ def draw_fractions(axis, lines, beside_poster):
 
 
 def report_part(axis, lines, classes, simulated):
-    """Draw the figure of all results with these classes -> their tables; of what bands they saw."""
+    """Draw the figure of all results with these classes -> their tables, the bands they had."""
     published = classes == tuple(data.CLASSES)
     beside_poster = published and not simulated
     title = "Classes of DFC2020" if published else ", ".join(classes)
